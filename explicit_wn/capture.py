@@ -1,0 +1,74 @@
+"""All that graph capture (`torch.compile`, `torch.export`, functorch) needs; nothing else in the package knows it.
+
+While a graph is captured nothing is stored on the module: a weight is computed where it is read. `once` sees to it
+that however many reads follow one `recompute`, the captured graph holds one computation.
+
+The private torch names used here, each for want of a public one:
+
+- `torch._C._functorch.is_dead_tensor_wrapper`: a tensor that a finished `grad` or `vmap` left behind.
+- `torch.fx.experimental.proxy_tensor.get_proxy_mode`: the trace that is running, whose lifetime `once` shares.
+- the mark `_dynamo_marked_constant`, which is all that `torch.compiler.assume_constant_result` sets; that function
+  imports Dynamo, which takes longer than importing torch.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Formula = Callable[..., Tensor]
+
+_once: list[Formula] = []
+_traces: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
+
+
+def capturing() -> bool:
+    """Whether `torch.compile` or `torch.export` is reading the code that runs now."""
+    return torch.compiler.is_compiling()
+
+
+def left_by_functorch(tensor: Tensor) -> bool:
+    """Whether `tensor` belongs to a functorch transform that is over."""
+    return torch._C._functorch.is_dead_tensor_wrapper(tensor)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def once(formula: Formula) -> Formula:
+    """`formula`, computed once per trace for the same arguments as long as none of them is changed in place.
+
+    Dynamo does not look inside (see `announce_to_dynamo`); the tracer beneath it runs this function for every read
+    and is handed the same tensor again.
+    """
+
+    @functools.wraps(formula)
+    def computed_once(**arguments: Any) -> Tensor:
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+        trace = get_proxy_mode()
+        if trace is None:
+            return formula(**arguments)
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        state = [t._version for t in tensors], torch.is_grad_enabled(), torch.is_autocast_enabled(tensors[0].device.type)
+        key = formula, *((name, id(v) if isinstance(v, Tensor) else v) for name, v in arguments.items())
+        known = _traces.setdefault(trace.tracer, {})
+        if key not in known or known[key][0] != state:
+            known[key] = state, formula(**arguments), tensors  # the tensors are kept, so that no id is used again
+        result: Tensor = known[key][1]
+        return result
+
+    _once.append(computed_once)
+    return computed_once
+
+
+def announce_to_dynamo() -> None:
+    """Run by Dynamo itself, while it traces: puts the functions of `once` into its graph as they are, unread."""
+    import torch._dynamo
+
+    for function in _once:
+        torch._dynamo.allow_in_graph(function)
+
+
+announce_to_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,372 @@
+"""What `apply` turns a module into: a carrier of derived weights.
+
+A carrier is an instance of a generated subclass of the module's own class, which keeps that class's name. On it
+
+- the parts (`weight_g`, `weight_v`) are ordinary parameters and buffers; the weight itself is neither. It is stored
+  beside them, together with the tensors it was computed from;
+- reading the weight gives the stored tensor. If other tensors have taken the place of the parts since (after
+  `functional_call`, `load_state_dict(assign=True)`, a copy), or the module was moved or loaded, it is computed anew;
+  a part that changed *in place*, as an optimizer changes it, is what `recompute` is for;
+- copying and pickling leave the stored weight out; `load_state_dict` takes every spelling of the norm;
+- no hook is registered, ever.
+"""
+
+import contextlib
+import copyreg
+import functools
+import inspect
+import operator
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from . import capture, torchscript
+
+if TYPE_CHECKING:
+    from .reparametrization import Reparametrization
+
+INLINED = "inlined"
+
+
+def _derived() -> Any:
+    return attrs.field(init=False, eq=False, repr=False)
+
+
+@attrs.frozen
+class Recipe:
+    """How one weight of a module is made of its parts: what `apply` decided, and nothing that changes later."""
+
+    norm_class: "type[Reparametrization]"
+    settings: tuple[tuple[str, Any], ...]
+    """The fields of the norm: `name` is the parameter's, `dim` an index or None."""
+    parts: tuple[str, ...]
+    """The suffixes of the parts, which are the formula's argument names as well."""
+    owner: str
+    """The `name` of the object that was applied."""
+    inlined: bool
+
+    # Derived from the above, once, since the hot paths read them
+    norm: "Reparametrization" = _derived()
+    """A norm object with these settings."""
+    name: str = _derived()
+    """The parameter's name."""
+    labels: tuple[str, ...] = _derived()
+    """What a recompute may ask for to mean this weight."""
+    attributes: tuple[str, ...] = _derived()
+    """The attributes of the module that hold the parts."""
+    formula: Callable[..., Tensor] = _derived()
+    """The weight from its parts and options."""
+    formula_once: Callable[..., Tensor] = _derived()
+    """The formula for a captured graph."""
+    formula_options: dict[str, Any] = _derived()
+    """The settings that the formula takes."""
+    advance: Callable[..., None] | None = _derived()
+    """What a recompute in training mode does first, in place; None if nothing, or if it is not for these parts."""
+    advance_options: dict[str, Any] = _derived()
+    """The settings that `advance` takes."""
+
+    def __attrs_post_init__(self) -> None:
+        kind, settings = self.norm_class.kind, dict(self.settings)
+        name, formula, advance = settings["name"], self.norm_class.formula, self.norm_class.advance
+        known = {*self.parts, *settings}
+        if advance is not None and not known.issuperset(inspect.signature(advance).parameters):
+            advance = None
+        derived = {
+            "norm": self.norm_class(**settings),
+            "name": name,
+            "labels": tuple({f"{kind} {self.owner}": 0, f"{kind} {name}": 0} | ({INLINED: 0} if self.inlined else {})),
+            "attributes": tuple(f"{name}_{part}" for part in self.parts),
+            "formula": formula,
+            "formula_once": capture.once(formula),
+            "formula_options": self.options_of(formula),
+            "advance": advance,
+            "advance_options": {} if advance is None else self.options_of(advance),
+        }
+        for key, value in derived.items():
+            object.__setattr__(self, key, value)
+
+    def __reduce__(self) -> Any:
+        return Recipe, (self.norm_class, self.settings, self.parts, self.owner, self.inlined)
+
+    def attribute(self, part: str) -> str:
+        """The attribute of the module that holds `part`."""
+        return f"{self.name}_{part}"
+
+    def options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """The settings that `function` takes."""
+        takes = inspect.signature(function).parameters
+        return {key: value for key, value in self.settings if key in takes and key not in self.parts}
+
+    def read(self, module: nn.Module) -> dict[str, Tensor]:
+        """The parts as they are now, by suffix."""
+        return {part: _read_part(module, self.attribute(part)) for part in self.parts}
+
+    def sources(self, module: nn.Module) -> tuple[Tensor | None, ...]:
+        """The parameters and buffers behind the parts; None for what another tool computes (parametrize, prune)."""
+        own, buffers = module._parameters, module._buffers
+        return tuple([own[name] if name in own else buffers.get(name) for name in self.attributes])
+
+    def compute(self, module: nn.Module) -> Tensor:
+        """The weight from the parts as they are now."""
+        return self.formula(**self.read(module), **self.formula_options)
+
+
+def _read_part(module: nn.Module, attribute: str) -> Tensor:
+    # torch.nn.utils.prune refreshes a pruned part in a hook of the layer itself, after our recompute: so do it here
+    mask = module._buffers.get(f"{attribute}_mask")
+    part: Tensor = getattr(module, attribute if mask is None else f"{attribute}_orig")
+    return part if mask is None else part * mask
+
+
+@attrs.frozen
+class Stored:
+    """A weight as it was last computed, and from what."""
+
+    value: Tensor
+    sources: tuple[Tensor | None, ...]
+    versions: tuple[int, ...]
+
+
+class Store(dict[str, Stored]):
+    """The stored weights of one module, by name. Copies and pickles of it are empty."""
+
+    held = 0
+    """How many `cached` blocks keep the weights as they are."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type["Store"], tuple[()]]:
+        return Store, ()
+
+
+def store_of(module: nn.Module) -> Store:
+    """The stored weights of a carrier."""
+    store: Store = module.__dict__["_normed_store"]
+    return store
+
+
+def versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    """How often each tensor was changed in place."""
+    return tuple([0 if t is None or t.is_inference() else t._version for t in tensors])
+
+
+def refresh(module: nn.Module, recipe: Recipe) -> Tensor:
+    """Computes a weight and stores it."""
+    store = store_of(module)
+    store.pop(recipe.name, None)  # freed before its successor is allocated: the same memory is used again
+    value = recipe.compute(module)
+    if type(value) is not Tensor and not _storable(module, recipe, value):
+        return value
+    sources = recipe.sources(module)
+    store[recipe.name] = Stored(value, sources, versions(sources))
+    return value
+
+
+def _storable(module: nn.Module, recipe: Recipe, value: Any) -> bool:
+    """Whether a value that is no plain tensor may be stored; raises where storing it would be a trap."""
+    if isinstance(value, torch.fx.Proxy):
+        return False
+    if type(value).__name__ == "DTensor" and any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
+        raise RuntimeError(
+            f"{recipe.norm!r}: the parts of {recipe.name!r} of this {base_of(module).__name__} are sharded, because "
+            "fully_shard was called on the layer while recompute is called in the forward of its parent. Call "
+            "fully_shard on the module whose forward calls recompute, or use inline(layer) instead of apply(layer)."
+        )
+    return True
+
+
+def recompute(module: nn.Module, label: str) -> None:
+    """Computes and stores every weight of `module` that bears `label`; within a captured graph, stores nothing."""
+    captured = capture.capturing()
+    for recipe in type(module)._normed_by_label[label]:  # type: ignore[attr-defined]
+        if not captured and store_of(module).held:
+            continue
+        if module.training and recipe.advance is not None:
+            recipe.advance(**recipe.read(module), **recipe.advance_options)
+        if not captured and isinstance(refresh(module, recipe), torch.fx.Proxy) and label != INLINED:
+            raise RuntimeError(
+                f"torch.fx.symbolic_trace does not see recompute({base_of(module).__name__}): the graph would hold "
+                f"{recipe.name!r} as it is now, for ever. Use inline(layer) instead of apply(layer), or torch.export."
+            )
+
+
+on_read: Callable[[nn.Module, Recipe], None] | None = None
+"""Called at every read of a normed weight in eager mode, while `detect_stale` is on."""
+
+
+class Derived:
+    """The weight as an attribute of its module: stored in eager mode, computed in place in a captured graph."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return self
+        recipe = self.recipe
+        if capture.capturing():
+            if torch.compiler.is_dynamo_compiling():
+                capture.announce_to_dynamo()
+            return recipe.formula_once(**recipe.read(module), **recipe.formula_options)
+        if on_read is not None:
+            on_read(module, recipe)
+        stored = store_of(module).get(recipe.name)
+        if stored is not None and all(map(operator.is_, stored.sources, recipe.sources(module))):
+            if not capture.left_by_functorch(stored.value):
+                return stored.value
+        return refresh(module, recipe)
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        raise AttributeError(
+            f"{self.recipe.name!r} of this {base_of(module).__name__} is computed by {self.recipe.norm!r} and cannot be "
+            f"set. Call assign(module, weight) on the norm to give it a value, or remove(module) to end the norm."
+        )
+
+    __delete__ = functools.partialmethod(__set__, None)
+
+
+class FlatWeights:
+    """`_flat_weights` of an RNN, the list that its forward reads, made of what its attributes say now."""
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        return self if module is None else [getattr(module, name, None) for name in module._flat_weights_names]
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        """RNNs set the list wherever they think that it may be out of date; it never is."""
+
+
+class Carrier(nn.Module):
+    """The first base of every generated class."""
+
+    _normed: tuple[Recipe, ...] = ()
+    _normed_by_label: dict[str, list[Recipe]] = {}
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        return ", ".join([*([own] if own else []), *(recipe.norm.describe() for recipe in self._normed)])
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        for recipe in self._normed:
+            if name == recipe.name:
+                setattr(self, name, param)  # says why not
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        store_of(self).clear()
+        applied = super()._apply(fn, recurse)
+        store_of(self).clear()
+        return applied
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for recipe in self._normed:
+            recipe.norm.respell(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        store_of(self).clear()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.__dict__["_normed_store"] = Store()
+        return replica
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, arguments, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        if make is copyreg.__newobj__ and arguments == (type(self),):
+            return rebuild, (base_of(self), self._normed), *rest
+        return make, arguments, *rest
+
+    def __prepare_scriptable__(self) -> "Carrier":
+        store_of(self).clear()  # torch.jit.script copies the weight as it finds it: let it find a fresh one
+        return self
+
+
+def recipes_of(module: nn.Module) -> tuple[Recipe, ...]:
+    """What `module` carries."""
+    return module._normed if isinstance(module, Carrier) else ()
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether another tool put a class of its own on top of a carrier's (parametrize, fully_shard)."""
+    return isinstance(module, Carrier) and "_normed_base" not in type(module).__dict__
+
+
+def base_of(module: nn.Module) -> type[nn.Module]:
+    """The class that `module` has without us."""
+    for cls in type(module).__mro__:
+        if cls.__dict__.get("_normed_base") is not None:
+            return cls._normed_base  # type: ignore[attr-defined, no-any-return]
+    return type(module)
+
+
+_classes: "weakref.WeakValueDictionary[Any, type[nn.Module]]" = weakref.WeakValueDictionary()
+
+
+def carrier_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.Module]:
+    """The subclass of `base` whose instances carry `recipes`; the same class for the same arguments."""
+    key = base, recipes, repr(recipes)  # equal is not enough: 0 == 0.0, and the source holds one or the other
+    if key not in _classes:
+        _classes[key] = _make_class(base, recipes)
+    return _classes[key]
+
+
+def _make_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.Module]:
+    by_label: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        for label in recipe.labels:
+            by_label.setdefault(label, []).append(recipe)
+    namespace: dict[str, Any] = {name: getattr(base, name, None) for name in ("__module__", "__qualname__", "__doc__")}
+    annotations = (cls.__dict__["__annotations__"] for cls in base.__mro__ if "__annotations__" in cls.__dict__)
+    namespace["__annotations__"] = next(annotations, {})  # TorchScript reads the first in the MRO
+    namespace |= {"_normed_base": base, "_normed": recipes, "_normed_by_label": by_label}
+    namespace |= {recipe.name: Derived(recipe) for recipe in recipes}
+    namespace |= torchscript.methods(base, recipes, recompute)
+    if issubclass(base, nn.RNNBase):
+        namespace |= {"_flat_weights": FlatWeights(), "_weights_have_changed": lambda self: False}
+    return type(base.__name__, (Carrier, base), namespace)
+
+
+def rebuild(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> nn.Module:
+    """An empty carrier: what copies and pickles are made of."""
+    if not (isinstance(base, type) and issubclass(base, nn.Module)):
+        raise TypeError(f"only an nn.Module can carry a norm, and the data names {base!r}")
+    cls = carrier_class(base, recipes)
+    module = cls.__new__(cls)
+    module.__dict__["_normed_store"] = Store()
+    return module
+
+
+def carry(module: nn.Module, recipes: tuple[Recipe, ...]) -> None:
+    """Makes `module` carry exactly `recipes`. Its parts are in place already."""
+    base, attributes = base_of(module), vars(module)
+    for name in ("_normed_store", *torchscript.declarations(base, recipes_of(module))):
+        attributes.pop(name, None)
+    if recipes:
+        attributes.update(torchscript.declarations(base, recipes), _normed_store=Store())
+        module.__class__ = carrier_class(base, recipes)
+    else:
+        module.__class__ = base
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
+
+
+@contextlib.contextmanager
+def all_or_nothing(*modules: nn.Module) -> Iterator[None]:
+    """What happens to `modules` in this block happens whole; an exception, Ctrl-C included, undoes it."""
+    before = [(m, type(m), dict(m.__dict__), _copies(m)) for m in modules]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, contents in before:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for container, content in contents:
+                container.clear()
+                (container.update if isinstance(container, dict) else container.extend)(content)
+        raise
+
+
+def _copies(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The dicts and lists among the attributes of `module`, each with a copy."""
+    return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, list))]

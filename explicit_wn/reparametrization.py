@@ -1,0 +1,344 @@
+"""The verbs that every norm shares. A norm itself is a formula, the parts it is made of, and its settings."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from . import carrier
+from .carrier import Recipe
+from .torchscript import Recomputable
+
+Module = TypeVar("Module", bound=nn.Module)
+Self = TypeVar("Self", bound="Reparametrization")
+
+
+class Reparametrization(nn.Module):
+    """An object that makes a weight out of parts, when it is called.
+
+    A subclass is an attrs class (`@attrs.define(slots=False, eq=False, on_setattr=None, repr=False)`) that defines
+
+    - its settings, as fields: `name`, and whatever its formula takes; `dim` may be an int, `"out"` or None;
+    - `formula`: the weight from the parts and the settings, which it takes by their names. TorchScript compiles it;
+    - `split`: the parts from a weight, by the formula's names for them;
+    - `buffers`: which of them are buffers; the others are parameters;
+    - `advance`, if recomputing in training mode changes the parts first: a function like `formula`, in place;
+    - `objection`, if there are settings or weights that it refuses;
+    - `spellings`, if torch knows these parts under other names in a parametrized module's `state_dict`.
+
+    Guarantees: the parts stay in `parameters()`, `buffers()` and the `state_dict`, the weight is in none of them; the
+    original Parameter object stays the part that `split` returns it as; a call that fails changes nothing; no hook is
+    registered on any module.
+    """
+
+    name: str
+    formula: ClassVar[Callable[..., Tensor]]
+    advance: ClassVar[Callable[..., None] | None] = None
+    buffers: ClassVar[tuple[str, ...]] = ()
+    spellings: ClassVar[dict[str, str]] = {}
+    kind: ClassVar[str]
+    __constants__ = ["kind"]  # for TorchScript, which compiles `label`
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls.kind = cls.__name__
+
+    def __attrs_pre_init__(self) -> None:
+        super().__init__()
+
+    # What a norm defines
+
+    def split(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parts of `weight`. The one that is `weight` itself keeps the Parameter."""
+        raise NotImplementedError
+
+    def objection(self, weight: Tensor) -> str | None:
+        """Why `weight` cannot be normed with these settings, and the way out; None if it can."""
+        return None
+
+    # The verbs
+
+    def apply(self, module: Any, name: str | None = None, dim: int | str | None = None) -> Any:
+        """Replaces the parameter `name` of `module` by its parts and computes the weight; returns `module`.
+
+        Args:
+            module: the module, changed in place. Given a function instead, this is `nn.Module.apply`, so that
+                `model.apply(init_fn)` works on a model that holds a norm.
+            name: the parameter; by default this object's `name`.
+            dim: the dimension that is kept; by default this object's `dim`.
+        """
+        if callable(module) and not isinstance(module, (nn.Module, type)):
+            return super().apply(module)
+        return self._install(module, name, dim, inlined=False)
+
+    def inline(self, module: Module, name: str | None = None, dim: int | str | None = None) -> Module:
+        """`apply`, and the recompute goes at the top of the module's own `forward`."""
+        return self._install(module, name, dim, inlined=True)
+
+    def compute_weight(self, module: nn.Module, name: str | None = None, dim: int | str | None = None) -> Tensor:
+        """The weight from the parts as they are now; stores nothing."""
+        recipe = self._recipe(module, name)
+        if dim is not None and self._resolve_dim(module, recipe.name, dim, recipe.compute(module).dim()) != getattr(
+            recipe.norm, "dim", None
+        ):
+            raise self._refusal(
+                module,
+                recipe.name,
+                f"its parts were made for {recipe.norm!r}; they say nothing about dim={dim!r}. "
+                f"Call remove, then apply with the other dim",
+                verb="compute",
+            )
+        return recipe.compute(module)
+
+    def recompute(self, module: Recomputable) -> None:
+        """Computes the weight of `module` from its parts and stores it: the line to write in `forward`.
+
+        It means every parameter that this object was applied to in `module`, and the one that bears its `name`. In a
+        graph that `torch.compile` or `torch.export` captures nothing is stored: the weight is part of the graph.
+        """
+        if torch.jit.is_scripting():
+            module._recompute_normed(self.label)
+        else:
+            self._check_normed(module)
+            carrier.recompute(module, self.label)
+
+    def call(self, module: Module) -> Module:
+        """`recompute`, returning the module. `wn(module)` is the same."""
+        self.recompute(module)
+        return module
+
+    def __call__(self, module: Module) -> Module:
+        return self.call(module)
+
+    def remove(self, module: Module, name: str | None = None) -> Module:
+        """Bakes the weight, as the parts now have it, into an ordinary Parameter; returns `module`.
+
+        Without `name` this ends everything that this object does in `module`. When the last norm of `module` is gone
+        its class and its attributes are what they were.
+        """
+        recipes = self._recipes(module, name)
+        for recipe in recipes:
+            self._check_own_parts(module, recipe, "remove")
+        with torch.no_grad(), carrier.all_or_nothing(module):
+            for recipe in recipes:
+                trainable = any(part.requires_grad for part in recipe.read(module).values())
+                weight = nn.Parameter(recipe.compute(module), requires_grad=trainable)
+                for attribute in recipe.attributes:
+                    delattr(module, attribute)
+                module._parameters[recipe.name] = weight
+            carrier.carry(module, tuple(r for r in carrier.recipes_of(module) if r not in recipes))
+        return module
+
+    def assign(self, module: Module, weight: Tensor, name: str | None = None) -> Module:
+        """Sets the parts, in place, so that the weight becomes `weight`; returns `module`."""
+        recipe = self._recipe(module, name)
+        current = recipe.compute(module)
+        if not isinstance(weight, Tensor) or weight.shape != current.shape:
+            got = f"the shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+            reason = f"a tensor of the shape {tuple(current.shape)} is wanted, not {got}"
+            raise self._refusal(module, recipe.name, reason, verb="assign")
+        objection = recipe.norm.objection(weight) or recipe.norm.no_inverse(weight)
+        if objection:
+            raise self._refusal(module, recipe.name, objection, verb="assign")
+        self._check_own_parts(module, recipe, "assign")
+        with torch.no_grad():
+            parts = recipe.norm.split(weight.detach().to(current))
+            with carrier.all_or_nothing(module):
+                for part, value in parts.items():
+                    getattr(module, recipe.attribute(part)).copy_(value)
+        carrier.store_of(module).pop(recipe.name, None)
+        return module
+
+    def no_inverse(self, weight: Tensor) -> str | None:
+        """Why no parts give `weight`, and the way out; None if some do."""
+        return None
+
+    def clone(self: Self, deep: bool = False) -> Self:
+        """A copy of this object, as R6's `clone`; a norm refers to nothing that `deep` would copy."""
+        return attrs.evolve(self)  # type: ignore[misc]
+
+    # How it shows
+
+    @property
+    def label(self) -> str:
+        """What this object calls its own in a module."""
+        return self.kind + " " + self.name
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.name), *self._settings_shown()])
+
+    def describe(self) -> str:
+        """This norm as a setting of the module it is applied to: `weight=WeightNorm(dim=0)`."""
+        return f"{self.name}={self.kind}({', '.join(self._settings_shown())})"
+
+    def _settings_shown(self) -> list[str]:
+        fields = [f for f in attrs.fields(type(self)) if f.name != "name"]  # type: ignore[arg-type]
+        values = [(f.name, getattr(self, f.name), f.default) for f in fields]
+        return [f"{name}={value!r}" for name, value, default in values if name == "dim" or value != default]
+
+    # State dicts
+
+    def respell(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Renames the entries of one weight, in whatever spelling, to ours."""
+        for part, spelling in self.spellings.items():
+            foreign = f"{prefix}parametrizations.{self.name}.{spelling}"
+            if foreign in state_dict:
+                state_dict[f"{prefix}{self.name}_{part}"] = state_dict.pop(foreign)
+        plain = state_dict.pop(prefix + self.name, None)
+        if plain is not None and not any(f"{prefix}{self.name}_{part}" in state_dict for part in self.spellings):
+            for part, value in self.split(plain).items():
+                state_dict[f"{prefix}{self.name}_{part}"] = value
+
+    # Behind the verbs
+
+    def _install(self, module: Module, name: str | None, dim: int | str | None, inlined: bool) -> Module:
+        norm, weight = self._resolve(module, name, dim)
+        if inlined:
+            self._check_forward(module, norm.name)
+        with torch.no_grad():
+            parts = norm.split(weight)
+        settings = tuple((f.name, getattr(norm, f.name)) for f in attrs.fields(type(norm)))  # type: ignore[arg-type]
+        recipe = Recipe(type(self), settings, tuple(parts), self.name, inlined)
+        taken = [attribute for attribute in recipe.attributes if hasattr(module, attribute)]
+        if taken:
+            reason = f"the module has an attribute {taken[0]!r} already, which would be one of its parts; rename it"
+            raise self._refusal(module, norm.name, reason)
+        with carrier.all_or_nothing(module):
+            del module._parameters[norm.name]
+            for part, value in parts.items():
+                if part in self.buffers:
+                    module.register_buffer(recipe.attribute(part), value)
+                else:
+                    parameter = weight if value is weight else nn.Parameter(value, requires_grad=weight.requires_grad)
+                    module.register_parameter(recipe.attribute(part), parameter)
+            carrier.carry(module, (*carrier.recipes_of(module), recipe))
+            getattr(module, norm.name)
+        return module
+
+    def _resolve(self: Self, module: Any, name: str | None, dim: int | str | None) -> tuple[Self, nn.Parameter]:
+        """This norm with the settings that hold for one parameter of `module`, and that parameter."""
+        name = self.name if name is None else name
+        self._check_module(module, name)
+        weight = self._find(module, name)
+        changes: dict[str, Any] = {"name": name}
+        if hasattr(self, "dim"):
+            changes["dim"] = self._resolve_dim(module, name, self.dim if dim is None else dim, weight.dim())
+        norm = attrs.evolve(self, **changes)  # type: ignore[misc]
+        objection = norm.objection(weight)
+        if objection:
+            raise self._refusal(module, name, objection)
+        return norm, weight
+
+    def _resolve_dim(self, module: nn.Module, name: str, dim: Any, ndim: int) -> int | None:
+        if dim is None:
+            return None
+        if isinstance(dim, str) and dim == "out":
+            return 1 if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) else 0
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            reason = f'dim is an int, "out" or None, not {dim!r}'
+            raise self._refusal(module, name, reason, TypeError)
+        if dim == -1:
+            reason = (
+                "dim=-1 means the whole tensor to torch's weight_norm and the last dimension to most readers; say "
+                f"dim=None for one norm of the whole tensor, or dim={max(ndim - 1, 0)} to keep the last dimension"
+            )
+            raise self._refusal(module, name, reason)
+        if not -ndim <= dim < ndim:
+            reason = f"dim={dim} is out of range for a weight of {ndim} dimensions; take one from 0 to {ndim - 1}, or None"
+            raise self._refusal(module, name, reason)
+        return dim % ndim
+
+    def _find(self, module: nn.Module, name: Any) -> nn.Parameter:
+        """The parameter `name` of `module`, if it is one that can be normed."""
+        names = ", ".join(repr(n) for n, p in module._parameters.items() if p is not None) or "none"
+        if not isinstance(name, str):
+            raise self._refusal(module, name, f"a parameter's name is a str; its parameters are {names}", TypeError)
+        by_us = {recipe.name: recipe.norm for recipe in carrier.recipes_of(module)}
+        own_hooks = (torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm)
+        hooks = [h for h in module._forward_pre_hooks.values() if type(h).__module__ in [f.__module__ for f in own_hooks]]
+        parameter = module._parameters.get(name)
+        if "." in name:
+            reason = f"apply wants the module that owns the parameter: apply(model.{name.rpartition('.')[0]})"
+        elif name in by_us:
+            reason = f"it is normed already, by {by_us[name]!r}; call remove(module) on that first"
+        elif parametrize.is_parametrized(module, name):
+            reason = "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations(module, name) ends that"
+        elif any(getattr(hook, "name", None) == name for hook in hooks):
+            reason = "torch's hook norms it already; explicit_wn.convert(model) makes that ours, and fold(model) ends it"
+        elif name in module._parameters and parameter is None:
+            reason = f"it is None in this module; its parameters are {names}"
+        elif name in module._buffers:
+            reason = f"it is a buffer, and only parameters are normed; its parameters are {names}"
+        elif name in module._modules:
+            reason = f"it is a submodule; apply the norm to that: apply(module.{name})"
+        elif parameter is None:
+            reason = f"it has no such parameter; its parameters are {names}"
+        elif not name.isidentifier():
+            reason = "its name is no Python identifier; register it under one that is"
+        elif isinstance(parameter, UninitializedParameter):
+            reason = "it is not initialized yet; run one batch through the lazy module first"
+        elif not parameter.is_floating_point():
+            reason = f"it is {parameter.dtype}; only real floating-point weights have a norm of their own kind"
+        elif carrier.is_wrapped(module):
+            reason = f"its class was changed to {type(module).__name__} since another parameter was normed; undo that first"
+        else:
+            return parameter
+        raise self._refusal(module, name, reason)
+
+    def _check_module(self, module: Any, name: Any, verb: str = "norm") -> None:
+        if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
+            kind = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+            raise TypeError(f"{self!r} cannot {verb} {name!r} of {kind}: give it an nn.Module in eager mode.")
+
+    def _check_forward(self, module: nn.Module, name: str) -> None:
+        reason = None
+        if type(module).forward is nn.Module.forward:
+            reason = "the module has no forward to recompute it in; use apply, and call recompute where it is used"
+        if "forward" in vars(module):
+            reason = "its forward was replaced on the instance, which a class cannot see; use apply, and call recompute"
+        if reason:
+            raise self._refusal(module, name, reason, verb="inline")
+
+    def _check_own_parts(self, module: nn.Module, recipe: Recipe, verb: str) -> None:
+        for attribute, source in zip(recipe.attributes, recipe.sources(module), strict=True):
+            if source is None or carrier.is_wrapped(module):
+                reason = f"{attribute!r} is changed by another tool (parametrize, prune, fully_shard); end that first"
+                raise self._refusal(module, recipe.name, reason, verb=verb)
+
+    def _check_normed(self, module: Any) -> None:
+        if self.label not in getattr(type(module), "_normed_by_label", ()):
+            self._check_module(module, self.name, "recompute")
+            by = ", ".join(repr(recipe.norm) for recipe in carrier.recipes_of(module)) or "no norm"
+            reason = f"{self.kind}.apply(module) was not called for it; this module carries {by}"
+            raise self._refusal(module, self.name, reason, verb="recompute")
+
+    def _recipes(self, module: Any, name: str | None) -> list[Recipe]:
+        """What this object does in `module`: to the parameter `name`, or to all that it was applied to."""
+        self._check_module(module, self.name if name is None else name, "find")
+        by_label = getattr(type(module), "_normed_by_label", {})
+        found: list[Recipe] = [r for r in by_label.get(self.label, ()) if name is None or r.name == name]
+        if not found and name is not None:
+            found = [r for r in carrier.recipes_of(module) if r.name == name and r.norm_class is type(self)]
+        if not found:
+            by = ", ".join(repr(recipe.norm) for recipe in carrier.recipes_of(module)) or "no norm"
+            reason = f"{self.kind}.apply(module) was not called for it; this module carries {by}"
+            raise self._refusal(module, self.name if name is None else name, reason, verb="find")
+        return found
+
+    def _recipe(self, module: Any, name: str | None) -> Recipe:
+        recipes = self._recipes(module, name)
+        if len(recipes) > 1:
+            names = ", ".join(repr(recipe.name) for recipe in recipes)
+            raise self._refusal(module, self.name, f"it was applied to {names}; say which with name=", verb="choose")
+        return recipes[0]
+
+    def _refusal(
+        self, module: nn.Module, name: Any, reason: str, error: type[Exception] = ValueError, verb: str = "norm"
+    ) -> Exception:
+        """The error of every refused call: who, what, of which class, why, and the way out."""
+        return error(f"{self!r} cannot {verb} {name!r} of this {carrier.base_of(module).__name__}: {reason}.")

@@ -1,0 +1,175 @@
+"""All that `torch.jit` needs; nothing else in the package knows TorchScript.
+
+TorchScript compiles source text, looks attributes up by literal names, and passes a module as an argument only through
+a *module interface*. So every class that `carrier.py` makes gets methods whose source is written here.
+"""
+
+import __future__
+
+import ast
+import inspect
+import linecache
+import textwrap
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from .carrier import Recipe
+
+    Recomputable = nn.Module
+else:
+
+    class Recomputable(nn.Module):
+        """What `recompute` accepts: a module that can rebuild the weights that bear a label."""
+
+        def _recompute_normed(self, label: str) -> None:
+            pass
+
+    if hasattr(torch.jit, "interface"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit.interface is deprecated, and importing us is silent
+            Recomputable = torch.jit.interface(Recomputable)
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def script(model: nn.Module) -> Any:
+    """`torch.jit.script` whose result `torch.jit.freeze` and `torch.jit.optimize_for_inference` fold correctly.
+
+    `self.wn.recompute(self.fc)` compiles to a call through an interface, which `freeze` does not look into: it fails,
+    or keeps the weight of the moment of scripting. Here those calls are replaced by what they do.
+
+    >>> import torch, explicit_wn
+    >>> layer = explicit_wn.WeightNorm().inline(torch.nn.Linear(3, 2)).eval()
+    >>> frozen = torch.jit.freeze(explicit_wn.script(layer))
+    >>> torch.equal(frozen(torch.ones(1, 3)), layer(torch.ones(1, 3)))
+    True
+    """
+    scripted = torch.jit.script(model)
+    for module in scripted.modules():
+        for name in module._c._method_names():
+            # private, and the only way: there is no public pass that inlines, nor an option of freeze
+            torch._C._jit_pass_inline(module._c._get_method(name).graph)
+    return scripted
+
+
+def methods(base: type[nn.Module], recipes: "tuple[Recipe, ...]", recompute: Callable[..., None]) -> dict[str, Any]:
+    """What a class that carries `recipes` needs for TorchScript, and `forward` where one of them is inlined.
+
+    In eager mode the methods call `recompute(module, label)`.
+    """
+    scope: dict[str, Any] = {"torch": torch, "recompute": recompute}
+    made: dict[str, Any] = {}
+    source = _recompute_source(recipes, scope, issubclass(base, nn.RNNBase))
+    exported = _define(source, "_recompute_normed", base, scope)
+    made["_recompute_normed"] = torch.jit.export(exported)
+    made["_compiled_before_forward"] = property(_define(_GETTER, "_compiled_before_forward", base, scope))
+    if any(recipe.inlined for recipe in recipes):
+        made["forward"] = _inlined_forward(base)
+        made["_forward_of_base"] = base.forward
+    return made
+
+
+def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[str, Any]:
+    """What the instance `__dict__` of a carrier holds for TorchScript, which finds attributes nowhere else.
+
+    They only declare the types; the values are those that the class's descriptors of the same names give.
+    """
+    declared = {recipe.name: torch.jit.Attribute(None, torch.Tensor) for recipe in recipes}
+    if issubclass(base, nn.RNNBase):
+        declared["_flat_weights"] = torch.jit.Attribute(None, list[torch.Tensor])
+    return declared
+
+
+# TorchScript compiles properties before methods: without this one, `self.wn.recompute(self)` in a `forward` would meet
+# `_recompute_normed` before it is compiled, and TorchScript could not tell that `self` fits the interface.
+_GETTER = '''\
+def _compiled_before_forward(self) -> bool:
+    if torch.jit.is_scripting():
+        self._recompute_normed("")
+    return True
+'''
+
+
+def _recompute_source(recipes: "tuple[Recipe, ...]", scope: dict[str, Any], is_rnn: bool) -> str:
+    """The source of `_recompute_normed`; the functions it calls are added to `scope`."""
+    lines = ["def _recompute_normed(self, label: str) -> None:", "    if torch.jit.is_scripting():"]
+    labels = dict.fromkeys(label for recipe in recipes for label in recipe.labels)
+    keyword = "if"
+    for label in labels:
+        lines.append(f"        {keyword} label == {label!r}:")
+        keyword = "elif"
+        for index, recipe in enumerate(recipes):
+            if label in recipe.labels:
+                lines += [" " * 12 + line for line in _statements(recipe, index, scope, is_rnn)]
+    lines += ["    else:", "        recompute(self, label)"]
+    return "\n".join(lines) + "\n"
+
+
+def _statements(recipe: "Recipe", index: int, scope: dict[str, Any], is_rnn: bool) -> Iterator[str]:
+    """The lines that rebuild one weight, in TorchScript."""
+
+    def call(function: Callable[..., Any]) -> str:
+        name = f"{function.__name__}_{index}"
+        scope[name] = function
+        parts = [f"{part}=self.{recipe.attribute(part)}" for part in recipe.parts]
+        options = [f"{option}={value!r}" for option, value in recipe.options_of(function).items()]
+        return f"{name}({', '.join(parts + options)})"
+
+    if recipe.advance is not None:
+        yield "if self.training:"
+        yield f"    {call(recipe.advance)}"
+    yield f"self.{recipe.name} = {call(recipe.formula)}"
+    if is_rnn:
+        yield f"self._flat_weights[self._flat_weights_names.index({recipe.name!r})] = self.{recipe.name}"
+
+
+def _inlined_forward(base: type[nn.Module]) -> Any:
+    """`forward` of `base` with a recompute before it, its signature word for word: TorchScript reads it."""
+    forward: Any = base.forward
+    parameters, arguments, returns, comment = _signature(forward)
+    source = f"def forward({parameters}){returns}:\n"
+    source += f"    # type: {comment}\n" if comment else ""
+    source += f'    self._recompute_normed("inlined")\n    return self._forward_of_base({arguments})\n'
+    made: Any = _define(source, "forward", base, dict(getattr(forward, "__globals__", {})))
+    for name in ("__defaults__", "__kwdefaults__", "__annotations__", "__module__", "__qualname__", "__doc__"):
+        if hasattr(forward, name):
+            setattr(made, name, getattr(forward, name))
+    return made
+
+
+def _signature(forward: Any) -> tuple[str, str, str, str | None]:
+    """The parameters, the arguments that pass them on, the return annotation and the type comment of `forward`."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
+        node: Any = ast.parse(source, type_comments=True).body[0]
+        if not isinstance(node, ast.FunctionDef):
+            raise TypeError("not written as a function")
+    except (OSError, TypeError, SyntaxError):  # no source to read, hence none for TorchScript either
+        return "self, *args, **kwargs", "*args, **kwargs", "", None
+    names = node.args
+    positional = [argument.arg for argument in names.posonlyargs + names.args][1:]
+    arguments = positional + ([f"*{names.vararg.arg}"] if names.vararg else [])
+    arguments += [f"{argument.arg}={argument.arg}" for argument in names.kwonlyargs]
+    arguments += [f"**{names.kwarg.arg}"] if names.kwarg else []
+    nothing = ast.Constant(None)  # the defaults themselves are copied by _inlined_forward
+    names.defaults = [nothing for _ in names.defaults]
+    names.kw_defaults = [default and nothing for default in names.kw_defaults]
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return ast.unparse(names), ", ".join(arguments), returns, node.type_comment
+
+
+def _define(source: str, name: str, base: type, scope: dict[str, Any]) -> FunctionType:
+    """Runs the source of one function, known to tracebacks, debuggers and TorchScript through `linecache`."""
+    filename = f"<explicit_wn {name} of {base.__module__}.{base.__qualname__} {zlib.crc32(source.encode()):08x}>"
+    linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
+    exec(compile(source, filename, "exec", __future__.annotations.compiler_flag), scope)
+    function: FunctionType = scope[name]
+    return function
+

@@ -1,0 +1,83 @@
+"""Weight normalization: a weight as a magnitude times a direction."""
+
+import math
+
+import attrs
+from torch import Tensor
+
+from .functional import norm_except_dim, weight_norm
+from .reparametrization import Reparametrization
+
+
+@attrs.define(slots=False, eq=False, on_setattr=None, repr=False)
+class WeightNorm(Reparametrization):
+    """w = g · v / ‖v‖
+
+    A weight `w` is split into its magnitude `g` and its direction `v`, both trainable. The norm ‖v‖ is taken over every
+    dimension but `dim`, so that each output of a layer has a magnitude of its own (Salimans and Kingma, 2016,
+    https://arxiv.org/abs/1602.07868).
+
+    `apply` replaces the parameter `weight` of a module by the parameters `weight_g` and `weight_v`. From then on the
+    weight is what `recompute` makes of them. Nothing recomputes it behind your back: you call `recompute` where you
+    want it fresh, usually at the top of `forward`.
+
+    Args:
+        name: the parameter to norm.
+        dim: the dimension that is kept. `None` means one norm for the whole tensor; `"out"` the layer's output
+            dimension, which is 0, and 1 for a ConvTranspose.
+        eps: the smallest norm that is divided by; at 0 `apply` refuses a weight with a slice of zeros.
+
+    >>> import torch
+    >>> wn = WeightNorm("weight", dim=0)
+    >>> fc = wn.apply(torch.nn.Linear(20, 40))
+    >>> fc.weight_g.shape, fc.weight_v.shape
+    (torch.Size([40, 1]), torch.Size([40, 20]))
+    >>> _ = torch.nn.init.ones_(fc.weight_g)  # the stored weight is stale now ...
+    >>> wn.recompute(fc)                      # ... and fresh again: every row has length 1
+    >>> torch.allclose(fc.weight.norm(dim=1), torch.ones(40))
+    True
+    """
+
+    name: str = "weight"
+    dim: int | str | None = 0
+    eps: float = 0.0
+
+    formula = staticmethod(weight_norm)
+    spellings = {"g": "original0", "v": "original1"}
+
+    def split(self, weight: Tensor) -> dict[str, Tensor]:
+        """The magnitude and the direction of `weight`; the direction need not have length 1, so it is `weight`."""
+        return {"g": norm_except_dim(weight, 2, self.dim), "v": weight}  # type: ignore[arg-type]
+
+    def objection(self, weight: Tensor) -> str | None:
+        """Refuses an eps that is none, and slices that have no direction."""
+        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 <= self.eps < math.inf:
+            return f"eps is a number from 0 up, not {self.eps!r}"
+        if self.eps > 0 or weight.is_meta or weight.numel() == 0:
+            return None
+        norms = norm_except_dim(weight.detach(), 2, self.dim)  # type: ignore[arg-type]
+        zeros = (norms.flatten() == 0).nonzero().flatten().tolist()
+        if not zeros:
+            return None
+        where = "all of it is" if self.dim is None else f"along dim {self.dim}, the slices {_some(zeros)} are"
+        return f"{where} zero, which has no direction and would give NaN; initialize it, or set eps (1e-12, say)"
+
+    @classmethod
+    def from_r(cls, name: str, dim: int | None) -> "WeightNorm":
+        """`nn_utils_weight_norm$new(name, dim)` of R's torch, whose dimensions count from 1.
+
+        There, `NULL` and -1 mean one norm for the whole tensor.
+
+        >>> WeightNorm.from_r("weight", 2)
+        WeightNorm('weight', dim=1)
+        """
+        if dim == 0:
+            raise ValueError(f"from_r({name!r}, 0): R counts dimensions from 1, and refuses 0; the first one is 1.")
+        if dim is None or dim == -1:
+            return cls(name, dim=None)
+        return cls(name, dim=dim - 1 if dim > 0 else dim)
+
+
+def _some(indices: list[int]) -> str:
+    shown = ", ".join(str(index) for index in indices[:5])
+    return f"{shown} and {len(indices) - 5} more" if len(indices) > 5 else shown
