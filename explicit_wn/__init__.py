@@ -1,7 +1,8 @@
 """Weight normalization for PyTorch as an object you call."""
 
 from . import functional
+from .spectral_norm import SpectralNorm
 from .torchscript import script
 from .weight_norm import WeightNorm
 
-__all__ = ["WeightNorm", "functional", "script"]
+__all__ = ["SpectralNorm", "WeightNorm", "functional", "script"]

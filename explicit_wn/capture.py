@@ -32,7 +32,8 @@ def capturing() -> bool:
 
 def left_by_functorch(tensor: Tensor) -> bool:
     """Whether `tensor` belongs to a functorch transform that is over."""
-    return torch._C._functorch.is_dead_tensor_wrapper(tensor)  # type: ignore[no-any-return]
+    dead: bool = torch._C._functorch.is_dead_tensor_wrapper(tensor)  # type: ignore[attr-defined]
+    return dead
 
 
 @functools.cache
@@ -51,7 +52,11 @@ def once(formula: Formula) -> Formula:
         if trace is None:
             return formula(**arguments)
         tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
-        state = [t._version for t in tensors], torch.is_grad_enabled(), torch.is_autocast_enabled(tensors[0].device.type)
+        state = (
+            [t._version for t in tensors],
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(tensors[0].device.type),
+        )
         key = formula, *((name, id(v) if isinstance(v, Tensor) else v) for name, v in arguments.items())
         known = _traces.setdefault(trace.tracer, {})
         if key not in known or known[key][0] != state:
@@ -68,7 +73,7 @@ def announce_to_dynamo() -> None:
     import torch._dynamo
 
     for function in _once:
-        torch._dynamo.allow_in_graph(function)
+        torch._dynamo.allow_in_graph(function)  # type: ignore[no-untyped-call]
 
 
 announce_to_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 INLINED = "inlined"
 
 
-def _derived() -> Any:
-    return attrs.field(init=False, eq=False, repr=False)
+_derived: Any = functools.partial(attrs.field, init=False, eq=False, repr=False)
 
 
 @attrs.frozen
@@ -213,15 +212,14 @@ class Derived:
         if on_read is not None:
             on_read(module, recipe)
         stored = store_of(module).get(recipe.name)
-        if stored is not None and all(map(operator.is_, stored.sources, recipe.sources(module))):
-            if not capture.left_by_functorch(stored.value):
-                return stored.value
-        return refresh(module, recipe)
+        if stored is None or not all(map(operator.is_, stored.sources, recipe.sources(module))):
+            return refresh(module, recipe)
+        return refresh(module, recipe) if capture.left_by_functorch(stored.value) else stored.value
 
     def __set__(self, module: nn.Module, value: Any) -> None:
         raise AttributeError(
-            f"{self.recipe.name!r} of this {base_of(module).__name__} is computed by {self.recipe.norm!r} and cannot be "
-            f"set. Call assign(module, weight) on the norm to give it a value, or remove(module) to end the norm."
+            f"{self.recipe.name!r} of this {base_of(module).__name__} is computed by {self.recipe.norm!r} and cannot "
+            f"be set. Call assign(module, weight) on the norm to give it a value, or remove(module) to end the norm."
         )
 
     __delete__ = functools.partialmethod(__set__, None)
@@ -255,7 +253,7 @@ class Carrier(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         store_of(self).clear()
-        applied = super()._apply(fn, recurse)
+        applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         store_of(self).clear()
         return applied
 
@@ -266,15 +264,15 @@ class Carrier(nn.Module):
         store_of(self).clear()
 
     def _replicate_for_data_parallel(self) -> Any:
-        replica: Any = super()._replicate_for_data_parallel()
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.__dict__["_normed_store"] = Store()
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
-        if make is copyreg.__newobj__ and arguments == (type(self),):
-            return rebuild, (base_of(self), self._normed), *rest
-        return make, arguments, *rest
+        reduced: Any = super().__reduce_ex__(protocol)
+        if reduced[0] is copyreg.__newobj__ and reduced[1] == (type(self),):  # type: ignore[attr-defined]
+            return rebuild, (base_of(self), self._normed), *reduced[2:]
+        return reduced
 
     def __prepare_scriptable__(self) -> "Carrier":
         store_of(self).clear()  # torch.jit.script copies the weight as it finds it: let it find a fresh one
@@ -316,13 +314,13 @@ def _make_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.M
         for label in recipe.labels:
             by_label.setdefault(label, []).append(recipe)
     namespace: dict[str, Any] = {name: getattr(base, name, None) for name in ("__module__", "__qualname__", "__doc__")}
-    annotations = (cls.__dict__["__annotations__"] for cls in base.__mro__ if "__annotations__" in cls.__dict__)
-    namespace["__annotations__"] = next(annotations, {})  # TorchScript reads the first in the MRO
+    # TorchScript reads the annotations of the first class in the MRO that has any
+    namespace["__annotations__"] = next(filter(None, map(inspect.get_annotations, base.__mro__)), {})
     namespace |= {"_normed_base": base, "_normed": recipes, "_normed_by_label": by_label}
     namespace |= {recipe.name: Derived(recipe) for recipe in recipes}
     namespace |= torchscript.methods(base, recipes, recompute)
     if issubclass(base, nn.RNNBase):
-        namespace |= {"_flat_weights": FlatWeights(), "_weights_have_changed": lambda self: False}
+        namespace["_flat_weights"] = FlatWeights()
     return type(base.__name__, (Carrier, base), namespace)
 
 

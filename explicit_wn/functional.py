@@ -1,12 +1,12 @@
 """The mathematics: tensors in, tensors out. Every function here is plain Python that `torch.jit.script` compiles."""
 
-from typing import Optional, Union
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 
-def norm_except_dim(v: Tensor, pow: Union[int, float] = 2, dim: Optional[int] = 0) -> Tensor:
+def norm_except_dim(v: Tensor, pow: float = 2.0, dim: Optional[int] = 0) -> Tensor:
     """The p-norm of `v` over every dimension but `dim`, which keeps its length; the others become 1.
 
     Args:
@@ -17,19 +17,21 @@ def norm_except_dim(v: Tensor, pow: Union[int, float] = 2, dim: Optional[int] = 
 
     >>> norm_except_dim(torch.ones(5, 5, 5), 2, dim=0).flatten()
     tensor([5., 5., 5., 5., 5.])
-    >>> norm_except_dim(torch.ones(5, 5, 5), 3, dim=None)
-    tensor(5.)
+    >>> norm_except_dim(torch.ones(5, 5, 5), 3, dim=0).flatten()
+    tensor([2.9240, 2.9240, 2.9240, 2.9240, 2.9240])
     """
     if dim is None or dim == -1:
-        return torch.linalg.vector_norm(v, float(pow))
+        whole: Tensor = torch.linalg.vector_norm(v, pow)
+        return whole
     kept = dim + v.dim() if dim < 0 else dim
-    if isinstance(pow, int) and v.numel() > 0:
-        return torch.norm_except_dim(v, pow, kept)
+    if pow % 1.0 == 0.0 and v.numel() > 0:  # a whole number; infinity is none
+        return torch.norm_except_dim(v, int(pow), kept)
     if v.dim() == 1:
         return v.abs()
     others = list(range(v.dim()))
     others.remove(kept)
-    return torch.linalg.vector_norm(v, float(pow), others, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(v, pow, others, keepdim=True)
+    return norm
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> Tensor:
@@ -46,7 +48,60 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     tensor([[6., 8.]])
     """
     if eps > 0.0:
-        return v * (g / norm_except_dim(v, 2, dim).clamp_min(eps))
+        return v * (g / norm_except_dim(v, 2.0, dim).clamp_min(eps))
     if dim is None or dim == -1:
         return torch._weight_norm(v, g, -1)
     return torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim)
+
+
+def as_matrix(weight: Tensor, dim: int = 0) -> Tensor:
+    """`weight` with `dim` as its rows and everything else as its columns."""
+    return weight.movedim(dim, 0).flatten(1)
+
+
+def power_iteration(
+    orig: Tensor, u: Tensor, v: Tensor, dim: int = 0, n_power_iterations: int = 1, eps: float = 1e-12, first: str = "v"
+) -> None:
+    """Brings `u` and `v`, in place, nearer to the first left and right singular vectors of `orig` as a matrix.
+
+    Args:
+        orig: the weight.
+        u: a unit vector with an entry for each row.
+        v: a unit vector with an entry for each column.
+        dim: which dimension of `orig` are the rows.
+        n_power_iterations: how often to multiply by the matrix and its transpose.
+        eps: the smallest length that is divided by.
+        first: which vector an iteration renews first: `"v"` from u, as torch's hook does, or `"u"` from v, as its
+            parametrization does.
+
+    >>> W, u, v = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([0.6, 0.8]), torch.tensor([0.6, 0.8])
+    >>> power_iteration(W, u, v, n_power_iterations=20)
+    >>> u, spectral_norm(W, u, v)[0, 0]
+    (tensor([1.0000e+00, 1.0967e-19]), tensor(1.))
+    """
+    with torch.no_grad():
+        matrix = as_matrix(orig, dim)
+        for _ in range(n_power_iterations):
+            if first == "u":
+                u.copy_(torch.nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=eps))
+            v.copy_(torch.nn.functional.normalize(torch.mv(matrix.t(), u), dim=0, eps=eps))
+            if first == "v":
+                u.copy_(torch.nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=eps))
+
+
+def spectral_norm(
+    orig: Tensor, u: Optional[Tensor] = None, v: Optional[Tensor] = None, dim: int = 0, eps: float = 1e-12
+) -> Tensor:
+    """Spectral normalization: `orig / σ`, where σ = uᵀ·W·v and W is `orig` as a matrix.
+
+    A vector has no u and v: it is divided by its length, which is at least `eps`.
+
+    >>> spectral_norm(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))
+    tensor([[1.0000, 0.0000],
+            [0.0000, 0.3333]])
+    """
+    if u is None or v is None:
+        return torch.nn.functional.normalize(orig, dim=0, eps=eps)
+    # the next power iteration changes u and v in place, perhaps before the gradient of this is taken: hence the copies
+    u, v = u.clone(), v.clone()
+    return orig / torch.dot(u, torch.mv(as_matrix(orig, dim), v))

@@ -1,6 +1,5 @@
 """The verbs that every norm shares. A norm itself is a formula, the parts it is made of, and its settings."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -26,9 +25,11 @@ class Reparametrization(nn.Module):
     - its settings, as fields: `name`, and whatever its formula takes; `dim` may be an int, `"out"` or None;
     - `formula`: the weight from the parts and the settings, which it takes by their names. TorchScript compiles it;
     - `split`: the parts from a weight, by the formula's names for them;
-    - `buffers`: which of them are buffers; the others are parameters;
+    - `buffer_parts`: which of them are buffers; the others are parameters;
     - `advance`, if recomputing in training mode changes the parts first: a function like `formula`, in place;
     - `objection`, if there are settings or weights that it refuses;
+    - `default_dim`, which `dim=None` stands for: None itself if the formula takes that for the whole tensor;
+    - `inverse`, if `split` does not give the parts that make exactly that weight; `no_inverse`, if none do;
     - `spellings`, if torch knows these parts under other names in a parametrized module's `state_dict`.
 
     Guarantees: the parts stay in `parameters()`, `buffers()` and the `state_dict`, the weight is in none of them; the
@@ -39,8 +40,9 @@ class Reparametrization(nn.Module):
     name: str
     formula: ClassVar[Callable[..., Tensor]]
     advance: ClassVar[Callable[..., None] | None] = None
-    buffers: ClassVar[tuple[str, ...]] = ()
+    buffer_parts: ClassVar[tuple[str, ...]] = ()
     spellings: ClassVar[dict[str, str]] = {}
+    default_dim: ClassVar[int | str | None] = None
     kind: ClassVar[str]
     __constants__ = ["kind"]  # for TorchScript, which compiles `label`
 
@@ -57,8 +59,16 @@ class Reparametrization(nn.Module):
         """The parts of `weight`. The one that is `weight` itself keeps the Parameter."""
         raise NotImplementedError
 
+    def inverse(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parts that make `weight`."""
+        return self.split(weight)
+
     def objection(self, weight: Tensor) -> str | None:
         """Why `weight` cannot be normed with these settings, and the way out; None if it can."""
+        return None
+
+    def no_inverse(self, weight: Tensor) -> str | None:
+        """Why no parts make `weight`, and the way out; None if some do."""
         return None
 
     # The verbs
@@ -101,8 +111,8 @@ class Reparametrization(nn.Module):
         It means every parameter that this object was applied to in `module`, and the one that bears its `name`. In a
         graph that `torch.compile` or `torch.export` captures nothing is stored: the weight is part of the graph.
         """
-        if torch.jit.is_scripting():
-            module._recompute_normed(self.label)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            module._recompute_normed(self.label)  # type: ignore[operator]
         else:
             self._check_normed(module)
             carrier.recompute(module, self.label)
@@ -147,16 +157,12 @@ class Reparametrization(nn.Module):
             raise self._refusal(module, recipe.name, objection, verb="assign")
         self._check_own_parts(module, recipe, "assign")
         with torch.no_grad():
-            parts = recipe.norm.split(weight.detach().to(current))
+            parts = recipe.norm.inverse(weight.detach().to(current))
             with carrier.all_or_nothing(module):
                 for part, value in parts.items():
                     getattr(module, recipe.attribute(part)).copy_(value)
         carrier.store_of(module).pop(recipe.name, None)
         return module
-
-    def no_inverse(self, weight: Tensor) -> str | None:
-        """Why no parts give `weight`, and the way out; None if some do."""
-        return None
 
     def clone(self: Self, deep: bool = False) -> Self:
         """A copy of this object, as R6's `clone`; a norm refers to nothing that `deep` would copy."""
@@ -211,7 +217,7 @@ class Reparametrization(nn.Module):
         with carrier.all_or_nothing(module):
             del module._parameters[norm.name]
             for part, value in parts.items():
-                if part in self.buffers:
+                if part in self.buffer_parts:
                     module.register_buffer(recipe.attribute(part), value)
                 else:
                     parameter = weight if value is weight else nn.Parameter(value, requires_grad=weight.requires_grad)
@@ -235,6 +241,7 @@ class Reparametrization(nn.Module):
         return norm, weight
 
     def _resolve_dim(self, module: nn.Module, name: str, dim: Any, ndim: int) -> int | None:
+        dim = self.default_dim if dim is None else dim
         if dim is None:
             return None
         if isinstance(dim, str) and dim == "out":
@@ -242,14 +249,16 @@ class Reparametrization(nn.Module):
         if isinstance(dim, bool) or not isinstance(dim, int):
             reason = f'dim is an int, "out" or None, not {dim!r}'
             raise self._refusal(module, name, reason, TypeError)
-        if dim == -1:
+        if dim == -1 and self.default_dim is None:
             reason = (
                 "dim=-1 means the whole tensor to torch's weight_norm and the last dimension to most readers; say "
                 f"dim=None for one norm of the whole tensor, or dim={max(ndim - 1, 0)} to keep the last dimension"
             )
             raise self._refusal(module, name, reason)
         if not -ndim <= dim < ndim:
-            reason = f"dim={dim} is out of range for a weight of {ndim} dimensions; take one from 0 to {ndim - 1}, or None"
+            reason = (
+                f"dim={dim} is out of range for a weight of {ndim} dimensions; take one from 0 to {ndim - 1}, or None"
+            )
             raise self._refusal(module, name, reason)
         return dim % ndim
 
@@ -260,7 +269,9 @@ class Reparametrization(nn.Module):
             raise self._refusal(module, name, f"a parameter's name is a str; its parameters are {names}", TypeError)
         by_us = {recipe.name: recipe.norm for recipe in carrier.recipes_of(module)}
         own_hooks = (torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm)
-        hooks = [h for h in module._forward_pre_hooks.values() if type(h).__module__ in [f.__module__ for f in own_hooks]]
+        hooks = [
+            h for h in module._forward_pre_hooks.values() if type(h).__module__ in [f.__module__ for f in own_hooks]
+        ]
         parameter = module._parameters.get(name)
         if "." in name:
             reason = f"apply wants the module that owns the parameter: apply(model.{name.rpartition('.')[0]})"
@@ -269,7 +280,9 @@ class Reparametrization(nn.Module):
         elif parametrize.is_parametrized(module, name):
             reason = "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations(module, name) ends that"
         elif any(getattr(hook, "name", None) == name for hook in hooks):
-            reason = "torch's hook norms it already; explicit_wn.convert(model) makes that ours, and fold(model) ends it"
+            reason = (
+                "torch's hook norms it already; explicit_wn.convert(model) makes that ours, and fold(model) ends it"
+            )
         elif name in module._parameters and parameter is None:
             reason = f"it is None in this module; its parameters are {names}"
         elif name in module._buffers:
@@ -285,7 +298,9 @@ class Reparametrization(nn.Module):
         elif not parameter.is_floating_point():
             reason = f"it is {parameter.dtype}; only real floating-point weights have a norm of their own kind"
         elif carrier.is_wrapped(module):
-            reason = f"its class was changed to {type(module).__name__} since another parameter was normed; undo that first"
+            reason = (
+                f"its class was changed to {type(module).__name__} since another parameter was normed; undo that first"
+            )
         else:
             return parameter
         raise self._refusal(module, name, reason)

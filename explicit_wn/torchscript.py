@@ -52,7 +52,8 @@ def script(model: nn.Module) -> Any:
     True
     """
     scripted = torch.jit.script(model)
-    for module in scripted.modules():
+    modules: list[Any] = list(scripted.modules())
+    for module in modules:
         for name in module._c._method_names():
             # private, and the only way: there is no public pass that inlines, nor an option of freeze
             torch._C._jit_pass_inline(module._c._get_method(name).graph)
@@ -70,9 +71,11 @@ def methods(base: type[nn.Module], recipes: "tuple[Recipe, ...]", recompute: Cal
     exported = _define(source, "_recompute_normed", base, scope)
     made["_recompute_normed"] = torch.jit.export(exported)
     made["_compiled_before_forward"] = property(_define(_GETTER, "_compiled_before_forward", base, scope))
-    if any(recipe.inlined for recipe in recipes):
+    if issubclass(base, nn.RNNBase):
+        made["_update_flat_weights"] = _define(_rnn_source(recipes), "_update_flat_weights", base, scope)
+    elif any(recipe.inlined for recipe in recipes):
         made["forward"] = _inlined_forward(base)
-        made["_forward_of_base"] = base.forward
+        made["_forward_of_base"] = _renamed(base.forward, "_forward_of_base")
     return made
 
 
@@ -89,12 +92,21 @@ def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[s
 
 # TorchScript compiles properties before methods: without this one, `self.wn.recompute(self)` in a `forward` would meet
 # `_recompute_normed` before it is compiled, and TorchScript could not tell that `self` fits the interface.
-_GETTER = '''\
+_GETTER = """\
 def _compiled_before_forward(self) -> bool:
     if torch.jit.is_scripting():
         self._recompute_normed("")
     return True
-'''
+"""
+
+
+def _rnn_source(recipes: "tuple[Recipe, ...]") -> str:
+    """The first thing that the forward of an RNN calls; that forward cannot be wrapped, since it is overloaded."""
+    inlined = any(recipe.inlined for recipe in recipes)
+    return "def _update_flat_weights(self) -> None:\n    " + (_RECOMPUTE_INLINED if inlined else "pass\n")
+
+
+_RECOMPUTE_INLINED = 'self._recompute_normed("inlined")\n'
 
 
 def _recompute_source(recipes: "tuple[Recipe, ...]", scope: dict[str, Any], is_rnn: bool) -> str:
@@ -136,7 +148,7 @@ def _inlined_forward(base: type[nn.Module]) -> Any:
     parameters, arguments, returns, comment = _signature(forward)
     source = f"def forward({parameters}){returns}:\n"
     source += f"    # type: {comment}\n" if comment else ""
-    source += f'    self._recompute_normed("inlined")\n    return self._forward_of_base({arguments})\n'
+    source += f"    {_RECOMPUTE_INLINED}    return self._forward_of_base({arguments})\n"
     made: Any = _define(source, "forward", base, dict(getattr(forward, "__globals__", {})))
     for name in ("__defaults__", "__kwdefaults__", "__annotations__", "__module__", "__qualname__", "__doc__"):
         if hasattr(forward, name):
@@ -144,18 +156,30 @@ def _inlined_forward(base: type[nn.Module]) -> Any:
     return made
 
 
+def _renamed(function: Any, name: str) -> Any:
+    """A copy of `function` under another name, by which TorchScript knows it."""
+    if not isinstance(function, FunctionType):
+        return function
+    arguments = function.__globals__, name, function.__defaults__, function.__closure__
+    copied = FunctionType(function.__code__, *arguments)
+    copied.__kwdefaults__, copied.__annotations__ = function.__kwdefaults__, function.__annotations__
+    copied.__dict__.update(vars(function))
+    return copied
+
+
 def _signature(forward: Any) -> tuple[str, str, str, str | None]:
     """The parameters, the arguments that pass them on, the return annotation and the type comment of `forward`."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
         node: Any = ast.parse(source, type_comments=True).body[0]
-        if not isinstance(node, ast.FunctionDef):
-            raise TypeError("not written as a function")
+        if not isinstance(node, ast.FunctionDef) or not node.args.posonlyargs + node.args.args:
+            raise TypeError("not written as a method")
     except (OSError, TypeError, SyntaxError):  # no source to read, hence none for TorchScript either
         return "self, *args, **kwargs", "*args, **kwargs", "", None
     names = node.args
-    positional = [argument.arg for argument in names.posonlyargs + names.args][1:]
-    arguments = positional + ([f"*{names.vararg.arg}"] if names.vararg else [])
+    first, *positional = names.posonlyargs + names.args
+    first.arg = "self"
+    arguments = [argument.arg for argument in positional] + ([f"*{names.vararg.arg}"] if names.vararg else [])
     arguments += [f"{argument.arg}={argument.arg}" for argument in names.kwonlyargs]
     arguments += [f"**{names.kwarg.arg}"] if names.kwarg else []
     nothing = ast.Constant(None)  # the defaults themselves are copied by _inlined_forward
@@ -172,4 +196,3 @@ def _define(source: str, name: str, base: type, scope: dict[str, Any]) -> Functi
     exec(compile(source, filename, "exec", __future__.annotations.compiler_flag), scope)
     function: FunctionType = scope[name]
     return function
-
