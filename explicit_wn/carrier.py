@@ -7,6 +7,8 @@ A carrier is an instance of a generated subclass of the module's own class, whic
 - reading the weight gives the stored tensor. If other tensors have taken the place of the parts since (after
   `functional_call`, `load_state_dict(assign=True)`, a copy), or the module was moved or loaded, it is computed anew;
   a part that changed *in place*, as an optimizer changes it, is what `recompute` is for;
+- an inlined weight, which nobody recomputes by hand, is also computed anew when a part changed in place: some modules
+  read a layer's weight without calling the layer;
 - copying and pickling leave the stored weight out; `load_state_dict` takes every spelling of the norm;
 - no hook is registered, ever.
 """
@@ -17,12 +19,13 @@ import functools
 import inspect
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import capture, torchscript
 
@@ -104,10 +107,18 @@ class Recipe:
         """The parts as they are now, by suffix."""
         return {part: _read_part(module, self.attribute(part)) for part in self.parts}
 
-    def sources(self, module: nn.Module) -> tuple[Tensor | None, ...]:
-        """The parameters and buffers behind the parts; None for what another tool computes (parametrize, prune)."""
+    def sources(self, module: nn.Module) -> tuple[Tensor, ...]:
+        """The parameters and buffers behind the parts."""
         own, buffers = module._parameters, module._buffers
-        return tuple([own[name] if name in own else buffers.get(name) for name in self.attributes])
+        found: list[Any] = []
+        for name in self.attributes:
+            if name in own:
+                found.append(own[name])
+            elif name in buffers:
+                found.append(buffers[name])
+            else:
+                found += _behind(module, name)
+        return tuple(found)
 
     def compute(self, module: nn.Module) -> Tensor:
         """The weight from the parts as they are now."""
@@ -121,13 +132,37 @@ def _read_part(module: nn.Module, attribute: str) -> Tensor:
     return part if mask is None else part * mask
 
 
+def _behind(module: nn.Module, attribute: str) -> list[Any]:
+    """The tensors from which another tool computes a part: parametrize, or prune."""
+    if parametrize.is_parametrized(module, attribute):
+        return list(module.parametrizations[attribute].parameters())  # type: ignore[operator, index, union-attr]
+    return [module._parameters.get(f"{attribute}_orig"), module._buffers.get(f"{attribute}_mask")]
+
+
 @attrs.frozen
 class Stored:
     """A weight as it was last computed, and from what."""
 
     value: Tensor
-    sources: tuple[Tensor | None, ...]
+    sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
+    by_read: bool
+    """Whether it was computed because somebody read it, not by a recompute."""
+
+    def is_stale(self) -> bool:
+        """Whether a part was changed in place since."""
+        return self.versions != versions(self.sources)
+
+    def is_used_up(self) -> bool:
+        """Whether a read outside the forward that recomputes this weight may not have it as it is.
+
+        It may be stale, it may lack the gradient that it needs now, and one that a read computed may have been
+        backpropagated through already.
+        """
+        if self.is_stale() or (self.by_read and self.value.requires_grad):
+            return True
+        wanted = torch.is_grad_enabled() and not self.value.requires_grad
+        return wanted and any(source is not None and source.requires_grad for source in self.sources)
 
 
 class Store(dict[str, Stored]):
@@ -146,12 +181,12 @@ def store_of(module: nn.Module) -> Store:
     return store
 
 
-def versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+def versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
     """How often each tensor was changed in place."""
     return tuple([0 if t is None or t.is_inference() else t._version for t in tensors])
 
 
-def refresh(module: nn.Module, recipe: Recipe) -> Tensor:
+def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
     """Computes a weight and stores it."""
     store = store_of(module)
     store.pop(recipe.name, None)  # freed before its successor is allocated: the same memory is used again
@@ -159,7 +194,7 @@ def refresh(module: nn.Module, recipe: Recipe) -> Tensor:
     if type(value) is not Tensor and not _storable(module, recipe, value):
         return value
     sources = recipe.sources(module)
-    store[recipe.name] = Stored(value, sources, versions(sources))
+    store[recipe.name] = Stored(value, sources, versions(sources), by_read)
     return value
 
 
@@ -178,13 +213,18 @@ def _storable(module: nn.Module, recipe: Recipe, value: Any) -> bool:
 
 def recompute(module: nn.Module, label: str) -> None:
     """Computes and stores every weight of `module` that bears `label`; within a captured graph, stores nothing."""
+    recompute_recipes(module, type(module)._normed_by_label[label])  # type: ignore[attr-defined]
+
+
+def recompute_recipes(module: nn.Module, recipes: Iterable[Recipe]) -> None:
+    """Computes and stores these weights of `module`; within a captured graph, stores nothing."""
     captured = capture.capturing()
-    for recipe in type(module)._normed_by_label[label]:  # type: ignore[attr-defined]
+    for recipe in recipes:
         if not captured and store_of(module).held:
             continue
         if module.training and recipe.advance is not None:
             recipe.advance(**recipe.read(module), **recipe.advance_options)
-        if not captured and isinstance(refresh(module, recipe), torch.fx.Proxy) and label != INLINED:
+        if not captured and isinstance(refresh(module, recipe), torch.fx.Proxy) and not recipe.inlined:
             raise RuntimeError(
                 f"torch.fx.symbolic_trace does not see recompute({base_of(module).__name__}): the graph would hold "
                 f"{recipe.name!r} as it is now, for ever. Use inline(layer) instead of apply(layer), or torch.export."
@@ -211,18 +251,23 @@ class Derived:
             return recipe.formula_once(**recipe.read(module), **recipe.formula_options)
         if on_read is not None:
             on_read(module, recipe)
-        stored = store_of(module).get(recipe.name)
+        store = store_of(module)
+        stored = store.get(recipe.name)
         if stored is None or not all(map(operator.is_, stored.sources, recipe.sources(module))):
-            return refresh(module, recipe)
-        return refresh(module, recipe) if capture.left_by_functorch(stored.value) else stored.value
+            return refresh(module, recipe, by_read=True)
+        if capture.left_by_functorch(stored.value) or (recipe.inlined and not store.held and stored.is_used_up()):
+            return refresh(module, recipe, by_read=True)
+        return stored.value
 
     def __set__(self, module: nn.Module, value: Any) -> None:
+        recipe = self.recipe
         raise AttributeError(
-            f"{self.recipe.name!r} of this {base_of(module).__name__} is computed by {self.recipe.norm!r} and cannot "
-            f"be set. Call assign(module, weight) on the norm to give it a value, or remove(module) to end the norm."
+            f"{recipe.name!r} of this {base_of(module).__name__} is computed by {recipe.norm!r} and cannot be set. "
+            f"Call assign(module, weight) on the norm to give it a value, or remove(module) to end the norm."
         )
 
-    __delete__ = functools.partialmethod(__set__, None)
+    def __delete__(self, module: nn.Module) -> None:
+        self.__set__(module, None)
 
 
 class FlatWeights:
@@ -245,10 +290,15 @@ class Carrier(nn.Module):
         own = super().extra_repr()
         return ", ".join([*([own] if own else []), *(recipe.norm.describe() for recipe in self._normed)])
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        descriptor = type(self).__dict__.get(name)
+        if isinstance(descriptor, Derived):
+            descriptor.__set__(self, value)
+        super().__setattr__(name, value)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        for recipe in self._normed:
-            if name == recipe.name:
-                setattr(self, name, param)  # says why not
+        if isinstance(type(self).__dict__.get(name), Derived):
+            setattr(self, name, param)
         super().register_parameter(name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -260,6 +310,9 @@ class Carrier(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for recipe in self._normed:
             recipe.norm.respell(state_dict, prefix)
+            objection = _split_plain(self, recipe, state_dict, prefix)
+            if objection:
+                rest[-1].append(objection)  # what load_state_dict raises in the end
         super()._load_from_state_dict(state_dict, prefix, *rest)
         store_of(self).clear()
 
@@ -269,14 +322,33 @@ class Carrier(nn.Module):
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))  # the older ones name the class differently
         if reduced[0] is copyreg.__newobj__ and reduced[1] == (type(self),):  # type: ignore[attr-defined]
             return rebuild, (base_of(self), self._normed), *reduced[2:]
         return reduced
 
     def __prepare_scriptable__(self) -> "Carrier":
+        torchscript.check(self, self._normed)
         store_of(self).clear()  # torch.jit.script copies the weight as it finds it: let it find a fresh one
         return self
+
+
+def _split_plain(module: nn.Module, recipe: Recipe, state_dict: dict[str, Any], prefix: str) -> str | None:
+    """Replaces a plain weight in `state_dict` by its parts; says why if it cannot."""
+    key, attributes = prefix + recipe.name, [prefix + attribute for attribute in recipe.attributes]
+    weight = state_dict.get(key)
+    if not isinstance(weight, Tensor) or any(attribute in state_dict for attribute in attributes):
+        return None  # left for torch to report, if it is there
+    del state_dict[key]
+    current = getattr(module, recipe.name)
+    if weight.shape != current.shape or not weight.is_floating_point():
+        got, wanted = f"{weight.dtype} {tuple(weight.shape)}", f"{current.dtype} {tuple(current.shape)}"
+        return f"{key} in the checkpoint is {got}, and {base_of(module).__name__} has {wanted}"
+    objection = recipe.norm.objection(weight)
+    if objection:
+        return f"{recipe.norm!r} cannot norm {key} of the checkpoint: {objection}"
+    state_dict.update(zip(attributes, recipe.norm.split(weight).values(), strict=True))
+    return None
 
 
 def recipes_of(module: nn.Module) -> tuple[Recipe, ...]:
@@ -351,20 +423,19 @@ def carry(module: nn.Module, recipes: tuple[Recipe, ...]) -> None:
 @contextlib.contextmanager
 def all_or_nothing(*modules: nn.Module) -> Iterator[None]:
     """What happens to `modules` in this block happens whole; an exception, Ctrl-C included, undoes it."""
-    before = [(m, type(m), dict(m.__dict__), _copies(m)) for m in modules]
+    before = [(m, type(m), dict(vars(m)), [(vars(m)[n], vars(m)[n].copy()) for n in _CONTAINERS]) for m in modules]
     try:
         yield
     except BaseException:
         for module, cls, attributes, contents in before:
             module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+            vars(module).clear()
+            vars(module).update(attributes)
             for container, content in contents:
                 container.clear()
-                (container.update if isinstance(container, dict) else container.extend)(content)
+                container.update(content)
         raise
 
 
-def _copies(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The dicts and lists among the attributes of `module`, each with a copy."""
-    return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (dict, list))]
+_CONTAINERS = [name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))]
+"""The attributes of every module that hold its parameters, buffers, submodules and hooks."""

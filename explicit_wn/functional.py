@@ -1,12 +1,12 @@
 """The mathematics: tensors in, tensors out. Every function here is plain Python that `torch.jit.script` compiles."""
 
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
 
-def norm_except_dim(v: Tensor, pow: float = 2.0, dim: Optional[int] = 0) -> Tensor:
+def norm_except_dim(v: Tensor, pow: Union[int, float] = 2, dim: Optional[int] = 0) -> Tensor:
     """The p-norm of `v` over every dimension but `dim`, which keeps its length; the others become 1.
 
     Args:
@@ -20,18 +20,18 @@ def norm_except_dim(v: Tensor, pow: float = 2.0, dim: Optional[int] = 0) -> Tens
     >>> norm_except_dim(torch.ones(5, 5, 5), 3, dim=0).flatten()
     tensor([2.9240, 2.9240, 2.9240, 2.9240, 2.9240])
     """
+    power = float(pow)
     if dim is None or dim == -1:
-        whole: Tensor = torch.linalg.vector_norm(v, pow)
+        whole: Tensor = torch.linalg.vector_norm(v, power)
         return whole
     kept = dim + v.dim() if dim < 0 else dim
-    if pow % 1.0 == 0.0 and v.numel() > 0:  # a whole number; infinity is none
-        return torch.norm_except_dim(v, int(pow), kept)
-    if v.dim() == 1:
-        return v.abs()
-    others = list(range(v.dim()))
+    empty = isinstance(v, Tensor) and v.numel() == 0  # torch.fx traces with what is no Tensor, and cannot branch on it
+    if power % 1.0 == 0.0 and not empty:  # a whole number; infinity is none
+        return torch.norm_except_dim(v, int(power), kept)
+    others = list(range(v.dim() + 1))
     others.remove(kept)
-    norm: Tensor = torch.linalg.vector_norm(v, pow, others, keepdim=True)
-    return norm
+    norm: Tensor = torch.linalg.vector_norm(v.unsqueeze(-1), power, others, keepdim=True)
+    return norm.squeeze(-1)
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> Tensor:
@@ -43,15 +43,31 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
         dim: the dimension that is kept, as in `norm_except_dim`.
         eps: the smallest norm that is divided by. At 0 a slice of zeros gives NaN, as in torch.
 
+    At `eps=0` this is torch's own kernel, to the last bit, except in double precision: that kernel's second derivatives
+    are wrong where it is fused (the first and the last dim). A gradient penalty in single precision wants an eps.
+
     >>> v, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0]])
     >>> weight_norm(v, g)
     tensor([[6., 8.]])
     """
     if eps > 0.0:
-        return v * (g / norm_except_dim(v, 2.0, dim).clamp_min(eps))
+        norm = norm_except_dim(v, 2, dim)
+        if isinstance(v, Tensor) and v.element_size() < 4:  # to half precision, most choices of eps are 0
+            return (v.float() * (g.float() / norm.float().clamp_min(eps))).to(v.dtype)
+        return v * (g / norm.clamp_min(eps))
+    if isinstance(v, Tensor) and (v.dtype == torch.float64 or v.numel() == 0):
+        # what torch's kernel cannot do: second derivatives (they are wrong), and weights without slices (a crash)
+        return v * (g / norm_except_dim(v, 2, dim))
     if dim is None or dim == -1:
-        return torch._weight_norm(v, g, -1)
-    return torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim)
+        return _in_layout_of(v, torch._weight_norm(v, g, -1))
+    return _in_layout_of(v, torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim))
+
+
+def _in_layout_of(v: Tensor, weight: Tensor) -> Tensor:
+    """`weight` with the channels last if `v` has them last: torch's kernel returns them first."""
+    if isinstance(v, Tensor) and v.dim() >= 4 and not v.is_contiguous() and v.stride(1) == 1:
+        return weight.contiguous(memory_format=torch.channels_last if v.dim() == 4 else torch.channels_last_3d)
+    return weight
 
 
 def as_matrix(weight: Tensor, dim: int = 0) -> Tensor:

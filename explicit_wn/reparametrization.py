@@ -1,5 +1,6 @@
 """The verbs that every norm shares. A norm itself is a formula, the parts it is made of, and its settings."""
 
+import keyword
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -15,6 +16,8 @@ from .torchscript import Recomputable
 
 Module = TypeVar("Module", bound=nn.Module)
 Self = TypeVar("Self", bound="Reparametrization")
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class Reparametrization(nn.Module):
@@ -152,15 +155,23 @@ class Reparametrization(nn.Module):
             got = f"the shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
             reason = f"a tensor of the shape {tuple(current.shape)} is wanted, not {got}"
             raise self._refusal(module, recipe.name, reason, verb="assign")
-        objection = recipe.norm.objection(weight) or recipe.norm.no_inverse(weight)
+        objection = _kind_objection(weight) or recipe.norm.objection(weight) or recipe.norm.no_inverse(weight)
+        if weight.is_meta and not current.is_meta:
+            objection = "it is a meta tensor, which has no values"
         if objection:
             raise self._refusal(module, recipe.name, objection, verb="assign")
         self._check_own_parts(module, recipe, "assign")
         with torch.no_grad():
-            parts = recipe.norm.inverse(weight.detach().to(current))
-            with carrier.all_or_nothing(module):
-                for part, value in parts.items():
-                    getattr(module, recipe.attribute(part)).copy_(value)
+            values = recipe.norm.inverse(weight.detach().to(current))
+            parts = recipe.read(module)
+            before = {part: parts[part].clone() for part in values}
+            try:
+                for part, value in values.items():
+                    parts[part].copy_(value)
+            except BaseException:
+                for part, value in before.items():
+                    parts[part].copy_(value)
+                raise
         carrier.store_of(module).pop(recipe.name, None)
         return module
 
@@ -190,15 +201,11 @@ class Reparametrization(nn.Module):
     # State dicts
 
     def respell(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Renames the entries of one weight, in whatever spelling, to ours."""
+        """Renames the parts of one weight as a parametrized module calls them to ours."""
         for part, spelling in self.spellings.items():
             foreign = f"{prefix}parametrizations.{self.name}.{spelling}"
             if foreign in state_dict:
                 state_dict[f"{prefix}{self.name}_{part}"] = state_dict.pop(foreign)
-        plain = state_dict.pop(prefix + self.name, None)
-        if plain is not None and not any(f"{prefix}{self.name}_{part}" in state_dict for part in self.spellings):
-            for part, value in self.split(plain).items():
-                state_dict[f"{prefix}{self.name}_{part}"] = value
 
     # Behind the verbs
 
@@ -208,8 +215,7 @@ class Reparametrization(nn.Module):
             self._check_forward(module, norm.name)
         with torch.no_grad():
             parts = norm.split(weight)
-        settings = tuple((f.name, getattr(norm, f.name)) for f in attrs.fields(type(norm)))  # type: ignore[arg-type]
-        recipe = Recipe(type(self), settings, tuple(parts), self.name, inlined)
+        recipe = norm._recipe_for(tuple(parts), self.name, inlined)
         taken = [attribute for attribute in recipe.attributes if hasattr(module, attribute)]
         if taken:
             reason = f"the module has an attribute {taken[0]!r} already, which would be one of its parts; rename it"
@@ -217,14 +223,26 @@ class Reparametrization(nn.Module):
         with carrier.all_or_nothing(module):
             del module._parameters[norm.name]
             for part, value in parts.items():
-                if part in self.buffer_parts:
-                    module.register_buffer(recipe.attribute(part), value)
-                else:
-                    parameter = weight if value is weight else nn.Parameter(value, requires_grad=weight.requires_grad)
-                    module.register_parameter(recipe.attribute(part), parameter)
-            carrier.carry(module, (*carrier.recipes_of(module), recipe))
+                if part not in self.buffer_parts and value is not weight:
+                    value = nn.Parameter(value, requires_grad=weight.requires_grad)
+                parts[part] = value
+            norm._put(module, recipe, parts)
             getattr(module, norm.name)
         return module
+
+    def adopt(self, module: nn.Module, parts: dict[str, Tensor]) -> None:
+        """Makes `module` carry this norm, inlined, with parts that exist already; the caller sees to the rest."""
+        self._put(module, self._recipe_for(tuple(parts), self.name, inlined=True), parts)
+
+    def _put(self, module: nn.Module, recipe: Recipe, parts: dict[str, Tensor]) -> None:
+        for part, value in parts.items():
+            own = module._buffers if part in self.buffer_parts else module._parameters
+            own[recipe.attribute(part)] = value  # type: ignore[assignment]
+        carrier.carry(module, (*carrier.recipes_of(module), recipe))
+
+    def _recipe_for(self, parts: tuple[str, ...], owner: str, inlined: bool) -> Recipe:
+        settings = tuple((f.name, getattr(self, f.name)) for f in attrs.fields(type(self)))  # type: ignore[arg-type]
+        return Recipe(type(self), settings, parts, owner, inlined)
 
     def _resolve(self: Self, module: Any, name: str | None, dim: int | str | None) -> tuple[Self, nn.Parameter]:
         """This norm with the settings that hold for one parameter of `module`, and that parameter."""
@@ -245,7 +263,7 @@ class Reparametrization(nn.Module):
         if dim is None:
             return None
         if isinstance(dim, str) and dim == "out":
-            return 1 if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) else 0
+            return 1 if ndim > 1 and isinstance(module, _TRANSPOSED) else 0
         if isinstance(dim, bool) or not isinstance(dim, int):
             reason = f'dim is an int, "out" or None, not {dim!r}'
             raise self._refusal(module, name, reason, TypeError)
@@ -291,12 +309,14 @@ class Reparametrization(nn.Module):
             reason = f"it is a submodule; apply the norm to that: apply(module.{name})"
         elif parameter is None:
             reason = f"it has no such parameter; its parameters are {names}"
-        elif not name.isidentifier():
+        elif not name.isidentifier() or keyword.iskeyword(name):
             reason = "its name is no Python identifier; register it under one that is"
         elif isinstance(parameter, UninitializedParameter):
             reason = "it is not initialized yet; run one batch through the lazy module first"
-        elif not parameter.is_floating_point():
-            reason = f"it is {parameter.dtype}; only real floating-point weights have a norm of their own kind"
+        elif _kind_objection(parameter):
+            reason = _kind_objection(parameter) or ""
+        elif parameter.dim() == 0:
+            reason = "it is a scalar, which has a magnitude and no direction; leave it as it is"
         elif carrier.is_wrapped(module):
             reason = (
                 f"its class was changed to {type(module).__name__} since another parameter was normed; undo that first"
@@ -320,10 +340,14 @@ class Reparametrization(nn.Module):
             raise self._refusal(module, name, reason, verb="inline")
 
     def _check_own_parts(self, module: nn.Module, recipe: Recipe, verb: str) -> None:
-        for attribute, source in zip(recipe.attributes, recipe.sources(module), strict=True):
-            if source is None or carrier.is_wrapped(module):
-                reason = f"{attribute!r} is changed by another tool (parametrize, prune, fully_shard); end that first"
-                raise self._refusal(module, recipe.name, reason, verb=verb)
+        reason = None
+        if carrier.is_wrapped(module):
+            reason = f"the module's class was changed to {type(module).__name__} since it was normed; undo that first"
+        for attribute in recipe.attributes:
+            if attribute not in module._parameters and attribute not in module._buffers:
+                reason = f"its part {attribute!r} is computed by another tool (parametrize or prune); end that first"
+        if reason:
+            raise self._refusal(module, recipe.name, reason, verb=verb)
 
     def _check_normed(self, module: Any) -> None:
         if self.label not in getattr(type(module), "_normed_by_label", ()):
@@ -347,6 +371,7 @@ class Reparametrization(nn.Module):
 
     def _recipe(self, module: Any, name: str | None) -> Recipe:
         recipes = self._recipes(module, name)
+        recipes = [recipe for recipe in recipes if recipe.name == self.name] or recipes
         if len(recipes) > 1:
             names = ", ".join(repr(recipe.name) for recipe in recipes)
             raise self._refusal(module, self.name, f"it was applied to {names}; say which with name=", verb="choose")
@@ -357,3 +382,27 @@ class Reparametrization(nn.Module):
     ) -> Exception:
         """The error of every refused call: who, what, of which class, why, and the way out."""
         return error(f"{self!r} cannot {verb} {name!r} of this {carrier.base_of(module).__name__}: {reason}.")
+
+
+def _kind_objection(weight: Tensor) -> str | None:
+    if weight.is_floating_point() and weight.layout is torch.strided and torch.finfo(weight.dtype).bits >= 16:
+        return None
+    kind = weight.dtype if weight.layout is torch.strided else f"{weight.dtype}, {weight.layout}"
+    return f"it is {kind}; only dense weights of float16, bfloat16, float32 and float64 are normed"
+
+
+class Folded(Reparametrization):
+    """What `fold` leaves of a norm: a `recompute` that does nothing, so that the `forward` that calls it still runs."""
+
+    def apply(self, module: Any, name: str | None = None, dim: int | str | None = None) -> Any:
+        if callable(module) and not isinstance(module, (nn.Module, type)):
+            return super().apply(module)
+        raise ValueError(f"{self!r} was ended by fold(model) and norms nothing any more; make a new norm object.")
+
+    inline = assign = remove = compute_weight = clone = apply  # type: ignore[assignment]
+
+    def recompute(self, module: Any) -> None:
+        """Nothing: the weight is an ordinary Parameter."""
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r}"

@@ -1,5 +1,7 @@
 """Spectral normalization: a weight divided by its largest singular value."""
 
+from typing import Any
+
 import attrs
 import torch
 from torch import Tensor
@@ -57,7 +59,7 @@ class SpectralNorm(Reparametrization):
         rows, columns = self._matrix(weight).shape
         parts = {"orig": weight, "u": self._random_unit(weight, rows), "v": self._random_unit(weight, columns)}
         functional.power_iteration(
-            **parts, dim=self._rows, n_power_iterations=self.warmup, eps=self.eps, first=self.first
+            **parts, dim=self._rows(), n_power_iterations=self.warmup, eps=self.eps, first=self.first
         )
         return parts
 
@@ -92,21 +94,20 @@ class SpectralNorm(Reparametrization):
             return None
         return f"its largest singular value is {sigma.item():.6g}, and that of a normed weight is 1; divide it by that"
 
-    def respell(self, state_dict: dict[str, object], prefix: str) -> None:
+    def respell(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Also reads what torch's hook wrote before 1.0: the weight instead of v."""
-        orig, u, weight = (state_dict.get(prefix + self.name + suffix) for suffix in ("_orig", "_u", ""))
-        tensors = isinstance(orig, Tensor) and isinstance(u, Tensor) and isinstance(weight, Tensor)
-        if tensors and f"{prefix}{self.name}_v" not in state_dict:
-            state_dict[f"{prefix}{self.name}_v"] = self._solve_v(orig, u, weight)
         super().respell(state_dict, prefix)
+        key = prefix + self.name
+        if f"{key}_v" not in state_dict and {key, f"{key}_orig", f"{key}_u"} <= set(state_dict):
+            weight = state_dict.pop(key)
+            state_dict[f"{key}_v"] = self._solve_v(state_dict[f"{key}_orig"], state_dict[f"{key}_u"], weight)
 
-    @property
     def _rows(self) -> int:
         assert isinstance(self.dim, int), "resolved by apply"
         return self.dim
 
     def _matrix(self, weight: Tensor) -> Tensor:
-        return functional.as_matrix(weight.detach(), self._rows)
+        return functional.as_matrix(weight.detach(), self._rows())
 
     def _random_unit(self, weight: Tensor, length: int) -> Tensor:
         return torch.nn.functional.normalize(weight.detach().new_empty(length).normal_(), dim=0, eps=self.eps)
@@ -114,5 +115,5 @@ class SpectralNorm(Reparametrization):
     def _solve_v(self, orig: Tensor, u: Tensor, weight: Tensor) -> Tensor:
         """The v for which u ∝ W·v and uᵀ·W·v = σ, where σ is what `orig` was divided by to give `weight`."""
         matrix = self._matrix(orig)
-        v = torch.linalg.pinv(matrix) @ u
+        v: Tensor = torch.linalg.pinv(matrix) @ u
         return v * ((orig / weight).mean() / torch.dot(u, matrix @ v))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 if TYPE_CHECKING:
     from .carrier import Recipe
@@ -45,7 +46,7 @@ def script(model: nn.Module) -> Any:
     `self.wn.recompute(self.fc)` compiles to a call through an interface, which `freeze` does not look into: it fails,
     or keeps the weight of the moment of scripting. Here those calls are replaced by what they do.
 
-    >>> import torch, explicit_wn
+    >>> import explicit_wn
     >>> layer = explicit_wn.WeightNorm().inline(torch.nn.Linear(3, 2)).eval()
     >>> frozen = torch.jit.freeze(explicit_wn.script(layer))
     >>> torch.equal(frozen(torch.ones(1, 3)), layer(torch.ones(1, 3)))
@@ -58,6 +59,16 @@ def script(model: nn.Module) -> Any:
             # private, and the only way: there is no public pass that inlines, nor an option of freeze
             torch._C._jit_pass_inline(module._c._get_method(name).graph)
     return scripted
+
+
+def check(module: nn.Module, recipes: "tuple[Recipe, ...]") -> None:
+    """Refuses an inlined layer whose forward is never called: its weight would silently stay as it is now."""
+    if isinstance(module, NonDynamicallyQuantizableLinear) and any(recipe.inlined for recipe in recipes):
+        raise RuntimeError(
+            "nn.MultiheadAttention reads the weight of its out_proj without calling it, so the norm inlined there would "
+            "not be recomputed in TorchScript. Apply the norm to out_proj instead of inlining it, and call "
+            "recompute(attention.out_proj) in a forward of your own; or use torch.export."
+        )
 
 
 def methods(base: type[nn.Module], recipes: "tuple[Recipe, ...]", recompute: Callable[..., None]) -> dict[str, Any]:
@@ -147,13 +158,20 @@ def _inlined_forward(base: type[nn.Module]) -> Any:
     forward: Any = base.forward
     parameters, arguments, returns, comment = _signature(forward)
     source = f"def forward({parameters}){returns}:\n"
-    source += f"    # type: {comment}\n" if comment else ""
+    source += f"    {comment}\n" if comment else ""
     source += f"    {_RECOMPUTE_INLINED}    return self._forward_of_base({arguments})\n"
     made: Any = _define(source, "forward", base, dict(getattr(forward, "__globals__", {})))
-    for name in ("__defaults__", "__kwdefaults__", "__annotations__", "__module__", "__qualname__", "__doc__"):
+    for name in ("__annotations__", "__module__", "__qualname__", "__doc__"):
         if hasattr(forward, name):
             setattr(made, name, getattr(forward, name))
+    if parameters == _ANYTHING:
+        made.__signature__ = inspect.signature(forward)
+    else:
+        made.__defaults__, made.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
     return made
+
+
+_ANYTHING = "self, /, *args, **kwargs"
 
 
 def _renamed(function: Any, name: str) -> Any:
@@ -170,14 +188,16 @@ def _renamed(function: Any, name: str) -> Any:
 def _signature(forward: Any) -> tuple[str, str, str, str | None]:
     """The parameters, the arguments that pass them on, the return annotation and the type comment of `forward`."""
     try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
-        node: Any = ast.parse(source, type_comments=True).body[0]
-        if not isinstance(node, ast.FunctionDef) or not node.args.posonlyargs + node.args.args:
-            raise TypeError("not written as a method")
+        source = textwrap.dedent(inspect.getsource(forward))
+        node: Any = ast.parse(source).body[0]
     except (OSError, TypeError, SyntaxError):  # no source to read, hence none for TorchScript either
-        return "self, *args, **kwargs", "*args, **kwargs", "", None
+        node = None
+    written = isinstance(forward, FunctionType) and isinstance(node, ast.FunctionDef)
+    # a decorated forward takes what its decorator takes, which its own source does not tell
+    if not written or hasattr(forward, "__wrapped__") or node.name != forward.__name__ or not _arguments(node.args):
+        return _ANYTHING, "*args, **kwargs", "", None
     names = node.args
-    first, *positional = names.posonlyargs + names.args
+    first, *positional = _arguments(names)
     first.arg = "self"
     arguments = [argument.arg for argument in positional] + ([f"*{names.vararg.arg}"] if names.vararg else [])
     arguments += [f"{argument.arg}={argument.arg}" for argument in names.kwonlyargs]
@@ -186,7 +206,15 @@ def _signature(forward: Any) -> tuple[str, str, str, str | None]:
     names.defaults = [nothing for _ in names.defaults]
     names.kw_defaults = [default and nothing for default in names.kw_defaults]
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    return ast.unparse(names), ", ".join(arguments), returns, node.type_comment
+    try:
+        comment = torch.jit.annotations.get_type_line(source)  # type: ignore[no-untyped-call]
+    except RuntimeError:  # comments that TorchScript itself cannot make sense of
+        comment = None
+    return ast.unparse(names), ", ".join(arguments), returns, comment
+
+
+def _arguments(names: ast.arguments) -> list[ast.arg]:
+    return names.posonlyargs + names.args
 
 
 def _define(source: str, name: str, base: type, scope: dict[str, Any]) -> FunctionType:

@@ -3,6 +3,7 @@
 import math
 
 import attrs
+import torch
 from torch import Tensor
 
 from .functional import norm_except_dim, weight_norm
@@ -27,7 +28,6 @@ class WeightNorm(Reparametrization):
             dimension, which is 0, and 1 for a ConvTranspose.
         eps: the smallest norm that is divided by; at 0 `apply` refuses a weight with a slice of zeros.
 
-    >>> import torch
     >>> wn = WeightNorm("weight", dim=0)
     >>> fc = wn.apply(torch.nn.Linear(20, 40))
     >>> fc.weight_g.shape, fc.weight_v.shape
@@ -53,6 +53,8 @@ class WeightNorm(Reparametrization):
         """Refuses an eps that is none, and slices that have no direction."""
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 <= self.eps < math.inf:
             return f"eps is a number from 0 up, not {self.eps!r}"
+        if 0 < self.eps < torch.finfo(torch.float32).tiny:
+            return f"eps={self.eps!r} is 0 in single precision; take a larger one (1e-12, say)"
         if self.eps > 0 or weight.is_meta or weight.numel() == 0:
             return None
         norms = norm_except_dim(weight.detach(), 2, self.dim)  # type: ignore[arg-type]

@@ -1,0 +1,287 @@
+"""The verbs over a whole model, whoever wrote it and whichever way its weights are normed."""
+
+import contextlib
+import html
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import attrs
+import torch  # noqa: F401 (the docstrings use it)
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from . import carrier, spellings
+from .reparametrization import Folded, Reparametrization
+from .spellings import Found
+
+Model = TypeVar("Model", bound=nn.Module)
+Where = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[..., bool]
+
+_LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def normed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Reparametrization]]:
+    """Every weight that a norm of ours makes: its qualified name, its module, and the norm with its settings.
+
+    >>> from explicit_wn import WeightNorm
+    >>> model = nn.Sequential(nn.Linear(2, 3), WeightNorm().inline(nn.Linear(3, 4)))
+    >>> [(name, norm) for name, module, norm in normed(model)]
+    [('1.weight', WeightNorm('weight', dim=0))]
+    """
+    for path, module in model.named_modules():
+        for recipe in carrier.recipes_of(module):
+            yield _join(path, recipe.name), module, recipe.norm
+
+
+def apply_all(model: nn.Module, norm: Reparametrization, where: Where | None = None) -> list[str]:
+    """Inlines `norm` in every matching layer of `model`, or, if one refuses, in none; returns the weights' names.
+
+    Args:
+        model: the model, changed in place.
+        norm: which norm; `dim="out"` is right for transposed convolutions as well.
+        where: a module class or several, or a function that is asked about every module, as `where(module)` or
+            `where(name, module)`. By default every Linear, Conv and ConvTranspose layer.
+
+    >>> from explicit_wn import WeightNorm
+    >>> model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU(), nn.ConvTranspose1d(3, 4, 1))
+    >>> apply_all(model, WeightNorm(dim="out"))
+    ['0.weight', '2.weight']
+    """
+    matches = _predicate(where)
+    chosen = {path: module for path, module in model.named_modules() if matches(path, module)}
+    with carrier.all_or_nothing(*chosen.values()):
+        for path, module in chosen.items():
+            with _naming(path):
+                norm.inline(module)
+    return [_join(path, norm.name) for path in chosen]
+
+
+def recompute_all(model: nn.Module) -> None:
+    """Recomputes every normed weight of `model` once, as each norm's `recompute` would.
+
+    >>> from explicit_wn import WeightNorm
+    >>> model = nn.Sequential(WeightNorm().apply(nn.Linear(2, 2)))
+    >>> _ = nn.init.constant_(model[0].weight_g, 3)
+    >>> recompute_all(model)
+    >>> model[0].weight.norm(dim=1)
+    tensor([3.0000, 3.0000], grad_fn=<LinalgVectorNormBackward0>)
+    """
+    for module in model.modules():
+        carrier.recompute_recipes(module, carrier.recipes_of(module))
+
+
+@contextlib.contextmanager
+def cached(model: Model) -> Iterator[Model]:
+    """Within this block the normed weights are computed once, on entry; a `recompute` does nothing until the exit.
+
+    Gradients flow through the one computation, as in torch's `parametrize.cached`. Blocks nest. What was exported,
+    compiled or scripted computes its own weights and takes no notice.
+
+    >>> from explicit_wn import WeightNorm
+    >>> layer = WeightNorm().inline(nn.Linear(2, 2))
+    >>> with cached(layer):
+    ...     first = layer.weight
+    ...     _ = layer(torch.ones(1, 2))
+    ...     layer.weight is first
+    True
+    """
+    carriers = [module for module in model.modules() if carrier.recipes_of(module)]
+    recompute_all(model)
+    stores = [carrier.store_of(module) for module in carriers]
+    for store in stores:
+        store.held += 1
+    try:
+        yield model
+    finally:
+        for store in stores:
+            store.held -= 1
+
+
+def convert(model: nn.Module) -> list[str]:
+    """Makes every weight norm and spectral norm of torch's, hook or parametrization, one of ours; returns their names.
+
+    The norms are inlined: the model runs and trains on as before, on the same Parameter objects, and holds no hook of
+    theirs. A norm that is not torch's own, or that is parametrized otherwise as well, is refused by name, and nothing
+    is changed then. Copies of the model stay as they are.
+
+    >>> model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
+    >>> convert(model)
+    ['0.weight']
+    >>> model
+    Sequential(
+      (0): Linear(in_features=2, out_features=3, bias=True, weight=WeightNorm(dim=0))
+    )
+    """
+    found = [(path, module, spelled) for path, module in model.named_modules() for spelled in spellings.find(module)]
+    for path, module, spelled in found:
+        if spelled.objection:
+            kind = spellings.class_of(module).__name__
+            raise ValueError(f"cannot convert {_join(path, spelled.name)!r} of this {kind}: {spelled.objection}.")
+    modules = [changed for _, module, _ in found for changed in spellings.touched(module)]
+    with carrier.all_or_nothing(*modules):
+        for _, module, spelled in found:
+            spellings.become_ours(module, spelled)
+    return [_join(path, spelled.name) for path, _, spelled in found]
+
+
+def fold(model: nn.Module) -> list[str]:
+    """Bakes every weight norm and spectral norm of `model`, ours and both of torch's, into ordinary Parameters.
+
+    Every module is of its ordinary class again. A `forward` that calls `self.wn.recompute(self.fc)` still runs, and
+    scripts, as it is written: the norm objects that the model holds do nothing from now on. Returns the weights' names.
+
+    >>> from explicit_wn import WeightNorm
+    >>> model = nn.Sequential(WeightNorm().inline(nn.Linear(2, 3)), torch.nn.utils.spectral_norm(nn.Linear(3, 2)))
+    >>> fold(model)
+    ['0.weight', '1.weight']
+    >>> model
+    Sequential(
+      (0): Linear(in_features=2, out_features=3, bias=True)
+      (1): Linear(in_features=3, out_features=2, bias=True)
+    )
+    """
+    modules = {id(changed): changed for module in model.modules() for changed in spellings.touched(module)}
+    with carrier.all_or_nothing(*modules.values()):
+        convert(model)
+        folded = list(normed(model))
+        for name, module, norm in folded:
+            with _naming(name.removesuffix(norm.name).removesuffix(".")):
+                norm.remove(module, norm.name)
+        for module in model.modules():
+            if isinstance(module, Reparametrization):
+                module.__class__ = Folded
+    return [name for name, _, _ in folded]
+
+
+@attrs.frozen
+class Row:
+    """One weight of a model."""
+
+    name: str
+    """Its qualified name."""
+    norm: str
+    """`WeightNorm`, `SpectralNorm`, the name of another norm, or empty."""
+    spelling: str
+    """`ours`, `hook`, `parametrization` or `plain`."""
+    dim: str
+    """The dimension of the norm."""
+    shape: tuple[int, ...]
+    """The weight's shape."""
+    parts: str
+    """The shapes of its parts."""
+    parameters: int
+    """How many numbers in it are trained or trainable."""
+    state: str
+    """`fresh`, or `stale` where the parts have changed since the weight was computed; empty for a plain weight."""
+
+
+@attrs.frozen
+class Report:
+    """The weights of a model as a table: `print` it, or show it in a notebook."""
+
+    rows: list[Row]
+
+    def __str__(self) -> str:
+        table = self._cells()
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head, *body = [[html.escape(cell) for cell in row] for row in self._cells()]
+        rows = ["".join(f"<td>{cell}</td>" for cell in row) for row in body]
+        titles = "".join(f"<th>{cell}</th>" for cell in head)
+        return f"<table><tr>{titles}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+    def _cells(self) -> list[list[str]]:
+        def show(value: Any) -> str:
+            return "×".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+        head = [field.name for field in attrs.fields(Row)]
+        return [head, *([show(value) for value in attrs.astuple(row, recurse=False)] for row in self.rows)]
+
+
+def report(model: nn.Module) -> Report:
+    """What norms a model holds, in whatever spelling: the first thing to run on a model that you did not write.
+
+    Every parameter of two dimensions or more has a row.
+
+    >>> print(report(nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)), nn.Linear(3, 1))))
+    name      norm        spelling         dim  shape  parts         parameters  state
+    --------  ----------  ---------------  ---  -----  ------------  ----------  -----
+    0.weight  WeightNorm  parametrization  0    3×2    g 3×1, v 3×2  9           fresh
+    1.weight              plain                 1×3                  3
+    """
+    rows = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.utils.parametrize.ParametrizationList):
+            continue  # shown where it belongs
+        parts: set[int] = set()
+        for recipe in carrier.recipes_of(module):
+            stored = carrier.store_of(module).get(recipe.name)
+            stale = stored is not None and stored.is_stale() and not recipe.inlined
+            found = Found(recipe.name, "ours", recipe.norm, recipe.read(module), recipe.compute(module), None)
+            rows.append(_row(path, found, stale))
+            parts |= {id(part) for part in found.parts.values()}
+        for found in spellings.find(module):
+            rows.append(_row(path, found, spellings.is_stale(module, found)))
+            parts |= {id(part) for part in found.parts.values()}
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in parts and parameter.dim() > 1:
+                size = parameter.numel()
+                rows.append(Row(_join(path, name), "", "plain", "", tuple(parameter.shape), "", size, ""))
+    return Report(rows)
+
+
+def _row(path: str, found: Found, stale: bool) -> Row:
+    shapes = ", ".join(f"{part} {'×'.join(map(str, value.shape))}" for part, value in found.parts.items())
+    size = sum(value.numel() for value in found.parts.values() if isinstance(value, nn.Parameter))
+    return Row(
+        name=_join(path, found.name),
+        norm=found.norm.kind,
+        spelling=found.spelling,
+        dim=str(getattr(found.norm, "dim", "")),
+        shape=tuple(found.current.shape),
+        parts=shapes,
+        parameters=size,
+        state="stale" if stale else "fresh",
+    )
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _predicate(where: Where | None) -> Callable[[str, nn.Module], bool]:
+    """`where` as a function of name and module."""
+    if where is None:  # MultiheadAttention reads the weight of its out_proj without calling that layer
+        return lambda path, module: (
+            isinstance(module, _LAYERS) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        )
+    if isinstance(where, (type, tuple)):
+        return lambda path, module: isinstance(module, where)
+    if len(inspect.signature(where).parameters) == 1:
+        return lambda path, module: where(module)
+    return where
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Puts the module's place in the model in front of an error's message."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path or 'the model'}: {error}") from error
