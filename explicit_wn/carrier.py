@@ -135,7 +135,7 @@ def _read_part(module: nn.Module, attribute: str) -> Tensor:
 def _behind(module: nn.Module, attribute: str) -> list[Any]:
     """The tensors from which another tool computes a part: parametrize, or prune."""
     if parametrize.is_parametrized(module, attribute):
-        return list(module.parametrizations[attribute].parameters())  # type: ignore[operator, index, union-attr]
+        return list(module.parametrizations[attribute].parameters())  # type: ignore[index, union-attr]
     return [module._parameters.get(f"{attribute}_orig"), module._buffers.get(f"{attribute}_mask")]
 
 

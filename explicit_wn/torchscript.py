@@ -62,7 +62,7 @@ def script(model: nn.Module) -> Any:
 
 
 def check(module: nn.Module, recipes: "tuple[Recipe, ...]") -> None:
-    """Refuses an inlined layer whose forward is never called: its weight would silently stay as it is now."""
+    """Refuses an inlined layer whose forward is never called: its weight would stay as it is now, silently."""
     if isinstance(module, NonDynamicallyQuantizableLinear) and any(recipe.inlined for recipe in recipes):
         raise RuntimeError(
             "nn.MultiheadAttention reads the weight of its out_proj without calling it, so the norm inlined there would "
