@@ -7,8 +7,7 @@ A carrier is an instance of a generated subclass of the module's own class, whic
 - reading the weight gives the stored tensor. If other tensors have taken the place of the parts since (after
   `functional_call`, `load_state_dict(assign=True)`, a copy), or the module was moved or loaded, it is computed anew;
   a part that changed *in place*, as an optimizer changes it, is what `recompute` is for;
-- an inlined weight, which nobody recomputes by hand, is also computed anew when a part changed in place: some modules
-  read a layer's weight without calling the layer;
+- an inlined weight is kept only while the forward of its module runs; whoever else reads it gets it computed anew;
 - copying and pickling leave the stored weight out; `load_state_dict` takes every spelling of the norm;
 - no hook is registered, ever.
 """
@@ -19,7 +18,7 @@ import functools
 import inspect
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -150,26 +149,28 @@ class Stored:
     """Whether it was computed because somebody read it, not by a recompute."""
 
     def is_stale(self) -> bool:
-        """Whether a part was changed in place since."""
+        """Whether a part was changed in place since, as far as torch counts that."""
         return self.versions != versions(self.sources)
 
-    def is_used_up(self) -> bool:
-        """Whether a read outside the forward that recomputes this weight may not have it as it is.
 
-        It may be stale, it may lack the gradient that it needs now, and one that a read computed may have been
-        backpropagated through already.
-        """
-        if self.is_stale() or (self.by_read and self.value.requires_grad):
-            return True
-        wanted = torch.is_grad_enabled() and not self.value.requires_grad
-        return wanted and any(source is not None and source.requires_grad for source in self.sources)
+@attrs.define(eq=False)
+class Block:
+    """One `cached` block: a switch that many stores share."""
+
+    active: bool = False
 
 
 class Store(dict[str, Stored]):
     """The stored weights of one module, by name. Copies and pickles of it are empty."""
 
-    held = 0
-    """How many `cached` blocks keep the weights as they are."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[Block] = []
+
+    @property
+    def held(self) -> bool:
+        """Whether a `cached` block keeps the weights as they are."""
+        return any(block.active for block in self.blocks)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[type["Store"], tuple[()]]:
         return Store, ()
@@ -220,7 +221,7 @@ def recompute_recipes(module: nn.Module, recipes: Iterable[Recipe]) -> None:
     """Computes and stores these weights of `module`; within a captured graph, stores nothing."""
     captured = capture.capturing()
     for recipe in recipes:
-        if not captured and store_of(module).held:
+        if not captured and store_of(module).held and not _is_traced(module, recipe):
             continue
         if module.training and recipe.advance is not None:
             recipe.advance(**recipe.read(module), **recipe.advance_options)
@@ -231,8 +232,29 @@ def recompute_recipes(module: nn.Module, recipes: Iterable[Recipe]) -> None:
             )
 
 
+def _is_traced(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether torch.jit.trace or torch.fx is looking: what they do not see now, they take for a constant."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or isinstance(getattr(module, recipe.attributes[0]), torch.fx.Proxy)
+
+
+def release(module: nn.Module) -> None:
+    """Drops the weights of `module` that only its own forward may use."""
+    store = store_of(module)
+    if not store.held:
+        for recipe in recipes_of(module):
+            if recipe.inlined:
+                store.pop(recipe.name, None)
+
+
 on_read: Callable[[nn.Module, Recipe], None] | None = None
 """Called at every read of a normed weight in eager mode, while `detect_stale` is on."""
+
+
+def _is_current(stored: Stored, module: nn.Module, recipe: Recipe) -> bool:
+    """Whether what is stored was made of the tensors that are the parts now."""
+    same = all(map(operator.is_, stored.sources, recipe.sources(module)))
+    return same and not capture.left_by_functorch(stored.value)
 
 
 class Derived:
@@ -253,9 +275,10 @@ class Derived:
             on_read(module, recipe)
         store = store_of(module)
         stored = store.get(recipe.name)
-        if stored is None or not all(map(operator.is_, stored.sources, recipe.sources(module))):
+        if stored is None or not _is_current(stored, module, recipe):
             return refresh(module, recipe, by_read=True)
-        if capture.left_by_functorch(stored.value) or (recipe.inlined and not store.held and stored.is_used_up()):
+        # an inlined weight is not kept for others (see _run_inlined), and the forward of an RNN reads FlatWeights
+        if recipe.inlined and (stored.by_read or isinstance(module, nn.RNNBase)) and not store.held:
             return refresh(module, recipe, by_read=True)
         return stored.value
 
@@ -270,11 +293,19 @@ class Derived:
         self.__set__(module, None)
 
 
+def _has_current(module: nn.Module, recipe: Recipe, stored: Mapping[str, Stored]) -> bool:
+    return recipe.name in stored and _is_current(stored[recipe.name], module, recipe)
+
+
 class FlatWeights:
     """`_flat_weights` of an RNN, the list that its forward reads, made of what its attributes say now."""
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
-        return self if module is None else [getattr(module, name, None) for name in module._flat_weights_names]
+        if module is None:
+            return self
+        stored = {} if capture.capturing() else store_of(module)
+        current = {r.name: stored[r.name].value for r in module._normed if _has_current(module, r, stored)}
+        return [current[n] if n in current else getattr(module, n, None) for n in module._flat_weights_names]
 
     def __set__(self, module: nn.Module, value: Any) -> None:
         """RNNs set the list wherever they think that it may be out of date; it never is."""
@@ -307,6 +338,19 @@ class Carrier(nn.Module):
         store_of(self).clear()
         return applied
 
+    def _run_inlined(self, /, *arguments: Any, **keywords: Any) -> Any:
+        """The forward of an inlined module: its weights are there while its own forward runs, and no longer.
+
+        So whoever else reads one gets it computed for him, fresh and with a gradient of its own: nn.MultiheadAttention
+        reads the weight of a layer that it never calls.
+        """
+        recompute(self, INLINED)
+        try:
+            return self._forward_of_base(*arguments, **keywords)  # type: ignore[operator]
+        finally:
+            if not capture.capturing():
+                release(self)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for recipe in self._normed:
             recipe.norm.respell(state_dict, prefix)
@@ -328,7 +372,7 @@ class Carrier(nn.Module):
         return reduced
 
     def __prepare_scriptable__(self) -> "Carrier":
-        torchscript.check(self, self._normed)
+        torchscript.prepare(self, self._normed)
         store_of(self).clear()  # torch.jit.script copies the weight as it finds it: let it find a fresh one
         return self
 
@@ -340,7 +384,8 @@ def _split_plain(module: nn.Module, recipe: Recipe, state_dict: dict[str, Any], 
     if not isinstance(weight, Tensor) or any(attribute in state_dict for attribute in attributes):
         return None  # left for torch to report, if it is there
     del state_dict[key]
-    current = getattr(module, recipe.name)
+    with torch.no_grad():
+        current = recipe.compute(module)
     if weight.shape != current.shape or not weight.is_floating_point():
         got, wanted = f"{weight.dtype} {tuple(weight.shape)}", f"{current.dtype} {tuple(current.shape)}"
         return f"{key} in the checkpoint is {got}, and {base_of(module).__name__} has {wanted}"

@@ -25,8 +25,7 @@ def norm_except_dim(v: Tensor, pow: Union[int, float] = 2, dim: Optional[int] = 
         whole: Tensor = torch.linalg.vector_norm(v, power)
         return whole
     kept = dim + v.dim() if dim < 0 else dim
-    empty = isinstance(v, Tensor) and v.numel() == 0  # torch.fx traces with what is no Tensor, and cannot branch on it
-    if power % 1.0 == 0.0 and not empty:  # a whole number; infinity is none
+    if power % 1.0 == 0.0 and not _is_empty(v):  # a whole number; infinity is none
         return torch.norm_except_dim(v, int(power), kept)
     others = list(range(v.dim() + 1))
     others.remove(kept)
@@ -55,12 +54,23 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
         if isinstance(v, Tensor) and v.element_size() < 4:  # to half precision, most choices of eps are 0
             return (v.float() * (g.float() / norm.float().clamp_min(eps))).to(v.dtype)
         return v * (g / norm.clamp_min(eps))
-    if isinstance(v, Tensor) and (v.dtype == torch.float64 or v.numel() == 0):
+    if _is_empty(v) or _is_double(v):
         # what torch's kernel cannot do: second derivatives (they are wrong), and weights without slices (a crash)
         return v * (g / norm_except_dim(v, 2, dim))
     if dim is None or dim == -1:
         return _in_layout_of(v, torch._weight_norm(v, g, -1))
     return _in_layout_of(v, torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim))
+
+
+# torch.fx traces with what is no Tensor, and torch.jit.trace with a numel() that is one: neither can be branched on
+
+
+def _is_empty(v: Tensor) -> bool:
+    return isinstance(v, Tensor) and not torch.jit.is_tracing() and v.numel() == 0
+
+
+def _is_double(v: Tensor) -> bool:
+    return isinstance(v, Tensor) and v.dtype == torch.float64
 
 
 def _in_layout_of(v: Tensor, weight: Tensor) -> Tensor:
@@ -96,13 +106,13 @@ def power_iteration(
     (tensor([1.0000e+00, 1.0967e-19]), tensor(1.))
     """
     with torch.no_grad():
-        matrix = as_matrix(orig, dim)
+        matrix = as_matrix(orig.detach(), dim)  # detached as well, since torch.jit.trace does not record no_grad
         for _ in range(n_power_iterations):
             if first == "u":
-                u.copy_(torch.nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=eps))
-            v.copy_(torch.nn.functional.normalize(torch.mv(matrix.t(), u), dim=0, eps=eps))
+                torch.nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=eps, out=u)
+            torch.nn.functional.normalize(torch.mv(matrix.t(), u), dim=0, eps=eps, out=v)
             if first == "v":
-                u.copy_(torch.nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=eps))
+                torch.nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=eps, out=u)
 
 
 def spectral_norm(

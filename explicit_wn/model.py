@@ -1,19 +1,21 @@
 """The verbs over a whole model, whoever wrote it and whichever way its weights are normed."""
 
 import contextlib
-import html
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import attrs
-import torch  # noqa: F401 (the docstrings use it)
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 from . import carrier, spellings
 from .reparametrization import Folded, Reparametrization
 from .spellings import Found
+from .table import Table
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[..., bool]
@@ -95,15 +97,19 @@ def cached(model: Model) -> Iterator[Model]:
     True
     """
     carriers = [module for module in model.modules() if carrier.recipes_of(module)]
-    recompute_all(model)
-    stores = [carrier.store_of(module) for module in carriers]
-    for store in stores:
-        store.held += 1
+    block = carrier.Block()
     try:
+        recompute_all(model)
+        for module in carriers:
+            carrier.store_of(module).blocks.append(block)
+        block.active = True
         yield model
     finally:
-        for store in stores:
-            store.held -= 1
+        block.active = False  # first of all: whatever comes between, no weight is held any more
+        for module in carriers:
+            blocks = carrier.store_of(module).blocks
+            blocks[:] = [other for other in blocks if other is not block]
+            carrier.release(module)
 
 
 def convert(model: nn.Module) -> list[str]:
@@ -121,15 +127,17 @@ def convert(model: nn.Module) -> list[str]:
       (0): Linear(in_features=2, out_features=3, bias=True, weight=WeightNorm(dim=0))
     )
     """
-    found = [(path, module, spelled) for path, module in model.named_modules() for spelled in spellings.find(module)]
+    found = [(p, m, spelled) for p, m in model.named_modules() for spelled in spellings.find(m) if spelled.is_norm]
     for path, module, spelled in found:
         if spelled.objection:
             kind = spellings.class_of(module).__name__
             raise ValueError(f"cannot convert {_join(path, spelled.name)!r} of this {kind}: {spelled.objection}.")
-    modules = [changed for _, module, _ in found for changed in spellings.touched(module)]
-    with carrier.all_or_nothing(*modules):
-        for _, module, spelled in found:
-            spellings.become_ours(module, spelled)
+    by_module: dict[nn.Module, list[Found]] = {}
+    for _, module, spelled in found:
+        by_module.setdefault(module, []).append(spelled)
+    with carrier.all_or_nothing(*(changed for module in by_module for changed in spellings.touched(module))):
+        for module, of_module in by_module.items():
+            spellings.become_ours(module, of_module)
     return [_join(path, spelled.name) for path, _, spelled in found]
 
 
@@ -149,16 +157,18 @@ def fold(model: nn.Module) -> list[str]:
       (1): Linear(in_features=3, out_features=2, bias=True)
     )
     """
-    modules = {id(changed): changed for module in model.modules() for changed in spellings.touched(module)}
-    with carrier.all_or_nothing(*modules.values()):
+    modules = {changed: None for module in model.modules() for changed in spellings.touched(module)}
+    with carrier.all_or_nothing(*modules):
         convert(model)
         folded = list(normed(model))
+        ended = {label for module in model.modules() for r in carrier.recipes_of(module) for label in r.labels}
         for name, module, norm in folded:
             with _naming(name.removesuffix(norm.name).removesuffix(".")):
                 norm.remove(module, norm.name)
         for module in model.modules():
-            if isinstance(module, Reparametrization):
-                module.__class__ = Folded
+            for key, child in module._modules.items():
+                if isinstance(child, Reparametrization) and child.label in ended:
+                    module._modules[key] = Folded(child)  # in this place; another model may use the object still
     return [name for name, _, _ in folded]
 
 
@@ -184,34 +194,15 @@ class Row:
     """`fresh`, or `stale` where the parts have changed since the weight was computed; empty for a plain weight."""
 
 
-@attrs.frozen
-class Report:
+@attrs.frozen(repr=False)
+class Report(Table):
     """The weights of a model as a table: `print` it, or show it in a notebook."""
 
     rows: list[Row]
 
-    def __str__(self) -> str:
-        table = self._cells()
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        head, *body = [[html.escape(cell) for cell in row] for row in self._cells()]
-        rows = ["".join(f"<td>{cell}</td>" for cell in row) for row in body]
-        titles = "".join(f"<th>{cell}</th>" for cell in head)
-        return f"<table><tr>{titles}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
-
-    def _cells(self) -> list[list[str]]:
-        def show(value: Any) -> str:
-            return "×".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
+    def cells(self) -> list[list[str]]:
         head = [field.name for field in attrs.fields(Row)]
-        return [head, *([show(value) for value in attrs.astuple(row, recurse=False)] for row in self.rows)]
+        return [head, *([_show(value) for value in attrs.astuple(row, recurse=False)] for row in self.rows)]
 
 
 def report(model: nn.Module) -> Report:
@@ -227,38 +218,42 @@ def report(model: nn.Module) -> Report:
     """
     rows = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        if isinstance(module, parametrize.ParametrizationList):
             continue  # shown where it belongs
-        parts: set[int] = set()
-        for recipe in carrier.recipes_of(module):
-            stored = carrier.store_of(module).get(recipe.name)
-            stale = stored is not None and stored.is_stale() and not recipe.inlined
-            found = Found(recipe.name, "ours", recipe.norm, recipe.read(module), recipe.compute(module), None)
-            rows.append(_row(path, found, stale))
-            parts |= {id(part) for part in found.parts.values()}
-        for found in spellings.find(module):
-            rows.append(_row(path, found, spellings.is_stale(module, found)))
-            parts |= {id(part) for part in found.parts.values()}
+        found = [*_ours(module), *spellings.find(module)]
+        rows += [_row(path, one) for one in found]
+        parts = {id(part) for one in found for part in one.parts.values()}
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in parts and parameter.dim() > 1:
-                size = parameter.numel()
-                rows.append(Row(_join(path, name), "", "plain", "", tuple(parameter.shape), "", size, ""))
+            if id(parameter) not in parts and not isinstance(parameter, UninitializedParameter) and parameter.dim() > 1:
+                shape, size = tuple(parameter.shape), parameter.numel()
+                rows.append(Row(_join(path, name), "", "plain", "", shape, "", size, ""))
     return Report(rows)
 
 
-def _row(path: str, found: Found, stale: bool) -> Row:
-    shapes = ", ".join(f"{part} {'×'.join(map(str, value.shape))}" for part, value in found.parts.items())
-    size = sum(value.numel() for value in found.parts.values() if isinstance(value, nn.Parameter))
+def _ours(module: nn.Module) -> Iterator[Found]:
+    for recipe in carrier.recipes_of(module):
+        stored = carrier.store_of(module).get(recipe.name)
+        stale = stored is not None and stored.is_stale() and not recipe.inlined
+        with torch.no_grad():
+            shape = tuple(recipe.compute(module).shape)
+        yield Found(recipe.name, "ours", recipe.norm, recipe.norm.kind, recipe.read(module), shape, stale, None)
+
+
+def _row(path: str, found: Found) -> Row:
     return Row(
         name=_join(path, found.name),
-        norm=found.norm.kind,
+        norm=found.kind,
         spelling=found.spelling,
         dim=str(getattr(found.norm, "dim", "")),
-        shape=tuple(found.current.shape),
-        parts=shapes,
-        parameters=size,
-        state="stale" if stale else "fresh",
+        shape=found.shape,
+        parts=", ".join(f"{part} {_show(tuple(value.shape))}" for part, value in found.parts.items()),
+        parameters=sum(value.numel() for value in found.parts.values() if isinstance(value, nn.Parameter)),
+        state="stale" if found.stale else "fresh",
     )
+
+
+def _show(value: Any) -> str:
+    return "×".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _join(path: str, name: str) -> str:
@@ -273,7 +268,8 @@ def _predicate(where: Where | None) -> Callable[[str, nn.Module], bool]:
         )
     if isinstance(where, (type, tuple)):
         return lambda path, module: isinstance(module, where)
-    if len(inspect.signature(where).parameters) == 1:
+    required = [p for p in inspect.signature(where).parameters.values() if p.default is p.empty]
+    if len(required) < 2:
         return lambda path, module: where(module)
     return where
 

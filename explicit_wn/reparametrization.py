@@ -1,7 +1,7 @@
 """The verbs that every norm shares. A norm itself is a formula, the parts it is made of, and its settings."""
 
 import keyword
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
 import attrs
@@ -30,6 +30,7 @@ class Reparametrization(nn.Module):
     - `split`: the parts from a weight, by the formula's names for them;
     - `buffer_parts`: which of them are buffers; the others are parameters;
     - `advance`, if recomputing in training mode changes the parts first: a function like `formula`, in place;
+    - `steps`, if the computation is worth showing: a function like `formula` that yields its steps;
     - `objection`, if there are settings or weights that it refuses;
     - `default_dim`, which `dim=None` stands for: None itself if the formula takes that for the whole tensor;
     - `inverse`, if `split` does not give the parts that make exactly that weight; `no_inverse`, if none do;
@@ -43,6 +44,7 @@ class Reparametrization(nn.Module):
     name: str
     formula: ClassVar[Callable[..., Tensor]]
     advance: ClassVar[Callable[..., None] | None] = None
+    steps: ClassVar[Callable[..., Iterable[tuple[str, str, str, Tensor]]] | None] = None
     buffer_parts: ClassVar[tuple[str, ...]] = ()
     spellings: ClassVar[dict[str, str]] = {}
     default_dim: ClassVar[int | str | None] = None
@@ -331,11 +333,7 @@ class Reparametrization(nn.Module):
             raise TypeError(f"{self!r} cannot {verb} {name!r} of {kind}: give it an nn.Module in eager mode.")
 
     def _check_forward(self, module: nn.Module, name: str) -> None:
-        reason = None
-        if type(module).forward is nn.Module.forward:
-            reason = "the module has no forward to recompute it in; use apply, and call recompute where it is used"
-        if "forward" in vars(module):
-            reason = "its forward was replaced on the instance, which a class cannot see; use apply, and call recompute"
+        reason = forward_objection(module)
         if reason:
             raise self._refusal(module, name, reason, verb="inline")
 
@@ -384,6 +382,15 @@ class Reparametrization(nn.Module):
         return error(f"{self!r} cannot {verb} {name!r} of this {carrier.base_of(module).__name__}: {reason}.")
 
 
+def forward_objection(module: nn.Module) -> str | None:
+    """Why nothing can be inlined in the forward of `module`, and the way out; None if it can."""
+    if type(module).forward is nn.Module.forward:
+        return "the module has no forward to recompute it in; use apply, and call recompute where it is used"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, which a class cannot see; use apply, and call recompute"
+    return None
+
+
 def _kind_objection(weight: Tensor) -> str | None:
     if weight.is_floating_point() and weight.layout is torch.strided and torch.finfo(weight.dtype).bits >= 16:
         return None
@@ -391,18 +398,22 @@ def _kind_objection(weight: Tensor) -> str | None:
     return f"it is {kind}; only dense weights of float16, bfloat16, float32 and float64 are normed"
 
 
-class Folded(Reparametrization):
-    """What `fold` leaves of a norm: a `recompute` that does nothing, so that the `forward` that calls it still runs."""
+class Folded(nn.Module):
+    """What `fold` leaves in the place of a norm: its `recompute` does nothing, so that the forward still runs."""
 
-    def apply(self, module: Any, name: str | None = None, dim: int | str | None = None) -> Any:
-        if callable(module) and not isinstance(module, (nn.Module, type)):
-            return super().apply(module)
-        raise ValueError(f"{self!r} was ended by fold(model) and norms nothing any more; make a new norm object.")
-
-    inline = assign = remove = compute_weight = clone = apply  # type: ignore[assignment]
+    def __init__(self, norm: Reparametrization) -> None:
+        super().__init__()
+        self.ended = repr(norm)
 
     def recompute(self, module: Any) -> None:
         """Nothing: the weight is an ordinary Parameter."""
 
+    def call(self, module: Module) -> Module:
+        """The module, as it is."""
+        return module
+
+    def __call__(self, module: Module) -> Module:
+        return module
+
     def extra_repr(self) -> str:
-        return f"{self.name!r}"
+        return self.ended

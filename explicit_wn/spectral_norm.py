@@ -1,5 +1,6 @@
 """Spectral normalization: a weight divided by its largest singular value."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
@@ -8,6 +9,24 @@ from torch import Tensor
 
 from . import functional
 from .reparametrization import Reparametrization
+
+
+def spectral_norm_steps(
+    orig: Tensor, name: str, dim: int, eps: float, u: Tensor | None = None, v: Tensor | None = None
+) -> Iterator[tuple[str, str, str, Tensor]]:
+    """The formula step by step: each step's symbol, what it is, its expression and its value."""
+    yield "w₀", "the weight before the norm", f"parameter {name}_orig", orig
+    if u is None or v is None:
+        sigma = orig.norm().clamp_min(eps)
+        yield "σ", "the length of w₀", f"max(‖w₀‖, {eps})", sigma
+    else:
+        matrix = functional.as_matrix(orig, dim)
+        yield "W", "w₀ as a matrix", f"as_matrix(w₀, dim={dim})", matrix
+        yield "u", "nearly the first left singular vector", f"buffer {name}_u", u
+        yield "v", "nearly the first right singular vector", f"buffer {name}_v", v
+        sigma = torch.dot(u, torch.mv(matrix, v))
+        yield "σ", "nearly the largest singular value of W", "uᵀ · W · v", sigma
+    yield "w", "the weight", "w₀ / σ", orig / sigma
 
 
 @attrs.define(slots=False, eq=False, on_setattr=None, repr=False)
@@ -47,6 +66,7 @@ class SpectralNorm(Reparametrization):
     first: str = attrs.field(default="v", kw_only=True)
 
     formula = staticmethod(functional.spectral_norm)
+    steps = staticmethod(spectral_norm_steps)
     advance = staticmethod(functional.power_iteration)
     buffer_parts = ("u", "v")
     spellings = {"orig": "original", "u": "0._u", "v": "0._v"}
@@ -67,7 +87,7 @@ class SpectralNorm(Reparametrization):
         """The weight itself, whose σ is 1, and its exact singular vectors."""
         if weight.dim() == 1:
             return {"orig": weight}
-        u, _, v = torch.linalg.svd(self._matrix(weight).float(), full_matrices=False)
+        u, _, v = torch.linalg.svd(self._matrix(weight).double(), full_matrices=False)
         return {"orig": weight, "u": u[:, 0].to(weight), "v": v[0].to(weight)}
 
     def objection(self, weight: Tensor) -> str | None:
@@ -88,11 +108,12 @@ class SpectralNorm(Reparametrization):
 
     def no_inverse(self, weight: Tensor) -> str | None:
         """Refuses what no σ-normed weight can be: a weight whose σ is not 1."""
-        sigma = torch.linalg.matrix_norm(self._matrix(weight).float(), 2) if weight.dim() > 1 else weight.float().norm()
-        tolerance = 10 * torch.finfo(weight.dtype).eps ** 0.5
-        if abs(sigma.item() - 1) <= tolerance:
+        sigma = (
+            torch.linalg.matrix_norm(self._matrix(weight).double(), 2) if weight.dim() > 1 else weight.double().norm()
+        )
+        if abs(sigma.item() - 1) <= 16 * torch.finfo(weight.dtype).eps:
             return None
-        return f"its largest singular value is {sigma.item():.6g}, and that of a normed weight is 1; divide it by that"
+        return f"its largest singular value is {sigma.item():.9g}, and that of a normed weight is 1; divide it by that"
 
     def respell(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Also reads what torch's hook wrote before 1.0: the weight instead of v."""

@@ -18,87 +18,112 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 
-from .reparametrization import Reparametrization
+from . import carrier
+from .reparametrization import Reparametrization, forward_objection
 from .spectral_norm import SpectralNorm
 from .weight_norm import WeightNorm
 
 
 @attrs.frozen(eq=False)
 class Found:
-    """A weight that torch norms."""
+    """A weight that a norm makes."""
 
     name: str
+    """The parameter's name in its module."""
     spelling: str
-    """`"hook"` or `"parametrization"`."""
-    norm: Reparametrization
-    """The object of ours that does the same."""
+    """`"hook"` or `"parametrization"`; `"ours"` in a report."""
+    norm: Reparametrization | None
+    """The object of ours that does the same; None if there is none."""
+    kind: str
+    """What it is called."""
     parts: dict[str, Tensor]
     """Its parts, by our names for them."""
-    current: Tensor
-    """The weight as the module has it now."""
+    shape: tuple[int, ...]
+    """The weight's shape."""
+    stale: bool
+    """Whether the weight in the module is not what the parts make."""
     objection: str | None
     """Why it cannot become ours, and the way out."""
 
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is a weight norm or a spectral norm, perhaps among others."""
+        return self.norm is not None or self.objection is not None
+
 
 def find(module: nn.Module) -> Iterator[Found]:
-    """The weights of `module` itself that torch norms."""
+    """The weights of `module` itself that torch norms. Reading a parametrized one would change it, so none is read."""
     for hook in list(module._forward_pre_hooks.values()):
         if isinstance(hook, (WeightNormHook, SpectralNormHook)):
             yield _from_hook(module, hook)
     if parametrize.is_parametrized(module):
         for name, applied in dict(module.parametrizations.items()).items():  # type: ignore[operator, union-attr]
-            ours = [p for p in applied if isinstance(p, (parametrizations._WeightNorm, parametrizations._SpectralNorm))]
-            if ours:
-                yield _from_parametrization(module, name, applied, ours[0])
+            yield _from_parametrization(module, name, applied)
 
 
 def _from_hook(module: nn.Module, hook: Any) -> Found:
-    name = hook.name
+    name, kind = hook.name, type(hook)
     norm: Reparametrization = WeightNorm(name, None if hook.dim == -1 else hook.dim)
-    parts = ["g", "v"]
+    names = ["g", "v"]
     if isinstance(hook, SpectralNormHook):
-        norm, parts = SpectralNorm(name, hook.n_power_iterations, hook.eps, hook.dim), ["orig", "u", "v"]
-    kind, objection = type(hook), None
+        norm, names = SpectralNorm(name, hook.n_power_iterations, hook.eps, hook.dim), ["orig", "u", "v"]
+    own: dict[str, Any] = {**module._parameters, **module._buffers}
+    parts = {part: own[f"{name}_{part}"] for part in names if f"{name}_{part}" in own}
+    objection = forward_objection(module)
     if kind not in (WeightNormHook, SpectralNormHook):
         objection = f"its hook is a {kind.__module__}.{kind.__qualname__}, not torch's; remove that hook its own way"
-    found = {part: getattr(module, f"{name}_{part}") for part in parts}
-    return Found(name, "hook", norm, found, getattr(module, name), objection)
+    elif len(parts) < len(names):
+        objection = "a part of it is computed by another tool (parametrize or prune); end that first"
+    current = vars(module)[name]
+    stale = len(parts) == len(names) and not current.is_meta and _differs(norm, parts, current)
+    return Found(name, "hook", norm, norm.kind, parts, tuple(current.shape), stale, objection)
 
 
-def _from_parametrization(module: nn.Module, name: str, applied: Any, one: Any) -> Found:
-    norm: Reparametrization
-    if isinstance(one, parametrizations._WeightNorm):
-        norm = WeightNorm(name, None if one.dim == -1 else one.dim)
-        parts = {"g": applied.original0, "v": applied.original1} if len(applied) == 1 else {}
-    else:
+def _differs(norm: Any, parts: dict[str, Tensor], current: Tensor) -> bool:
+    with torch.no_grad():
+        return not torch.allclose(norm.formula(**parts, dim=norm.dim, eps=norm.eps), current, equal_nan=True)
+
+
+_NORMS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
+
+
+def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
+    kinds = ", ".join(type(one).__name__.lstrip("_") for one in applied)
+    parts = dict(applied.named_parameters(recurse=False))
+    norm: Reparametrization | None = None
+    objection: str | None = None
+    last = next(iter(parts.values()))
+    if type(applied[0]) is _NORMS[0] and len(applied) == 1:
+        parts = {"g": parts["original0"], "v": parts["original1"]}
+        last, norm = parts["v"], WeightNorm(name, None if applied[0].dim == -1 else applied[0].dim)
+    elif type(applied[0]) is _NORMS[1] and len(applied) == 1:
+        one = applied[0]
         iterations = getattr(one, "n_power_iterations", 1)  # a vector's has none
         norm = SpectralNorm(name, iterations, one.eps, one.dim, first="u")
-        parts = {"orig": applied.original} | {
-            part: one.get_buffer(f"_{part}") for part in "uv" if f"_{part}" in one._buffers
-        }
-    objection = None
-    if len(applied) > 1 or type(one) not in (parametrizations._WeightNorm, parametrizations._SpectralNorm):
-        kinds = ", ".join(type(p).__name__ for p in applied)
+        parts = {"orig": last, **{part: one._buffers[f"_{part}"] for part in "uv" if f"_{part}" in one._buffers}}
+    elif any(isinstance(one, _NORMS) for one in applied):
         objection = (
-            f"it is parametrized by {kinds}, of which torch's norm is only one; end the others first, with "
+            f"it is parametrized by {kinds}, which is more than torch's norm; end the rest first, with "
             f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
         )
-    return Found(name, "parametrization", norm, parts, getattr(module, name), objection)
+    if norm:
+        objection = forward_objection(module)
+    kind = norm.kind if norm else kinds
+    return Found(name, "parametrization", norm, kind, parts, tuple(last.shape), False, objection)
 
 
-def become_ours(module: nn.Module, found: Found) -> None:
-    """Replaces one norm of torch's by ours, inlined, with the same parts. The caller holds `all_or_nothing`."""
-    (_remove_hook if found.spelling == "hook" else _remove_parametrization)(module, found.name)
-    found.norm.adopt(module, found.parts)
-
-
-def is_stale(module: nn.Module, found: Found) -> bool:
-    """Whether a hook's weight is not what its parts make; a parametrization computes it at every access."""
-    if found.spelling == "parametrization":
-        return False
-    arguments = {**found.parts, **{key: value for key, value in vars(found.norm).items() if key in ("dim", "eps")}}
-    with torch.no_grad():
-        return not torch.equal(found.norm.formula(**arguments), found.current)
+def become_ours(module: nn.Module, found: list[Found]) -> None:
+    """Replaces all norms of torch's in `module` by ours, inlined, with the same parts, within `all_or_nothing`."""
+    carried = carrier.recipes_of(module)
+    if carried and not carrier.is_wrapped(module):
+        module.__class__ = carrier.base_of(module)
+    for one in found:
+        (_remove_hook if one.spelling == "hook" else _remove_parametrization)(module, one.name)
+    if carried:
+        carrier.carry(module, carried)
+    for one in found:
+        assert one.norm is not None, "convert refuses it"
+        one.norm.adopt(module, one.parts)
 
 
 def class_of(module: nn.Module) -> type:
@@ -112,7 +137,7 @@ def touched(module: nn.Module) -> list[nn.Module]:
 
 
 def _remove_hook(module: nn.Module, name: str) -> None:
-    module.__dict__.pop(name, None)
+    vars(module).pop(name, None)
     hooks: Any
     for hooks in (module._forward_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks):
         for key, hook in list(hooks.items()):
@@ -127,16 +152,22 @@ def _remove_hook(module: nn.Module, name: str) -> None:
 
 def _remove_parametrization(module: nn.Module, name: str) -> None:
     for key, hook in list(module._load_state_dict_pre_hooks.items()):
-        hook = getattr(hook, "hook", hook)
-        names = (
-            dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True))
-            if hasattr(hook, "__code__")
-            else {}
-        )
-        if getattr(hook, "__module__", "") == parametrizations.__name__ and names["name"].cell_contents == name:
+        if _is_compat_hook(getattr(hook, "hook", hook), name):
             del module._load_state_dict_pre_hooks[key]
-    base, remaining = class_of(module), module.parametrizations
+    cls, remaining = type(module), module.parametrizations
     del remaining[name]  # type: ignore[operator, union-attr]
-    if len(remaining) == 0:  # type: ignore[arg-type]
+    if len(remaining) > 0:  # type: ignore[arg-type]
+        # a class of its own, without the property for this weight: copies of the module share the old one
+        kept = {key: value for key, value in vars(cls).items() if key not in (name, "__dict__", "__weakref__")}
+        module.__class__ = type(cls.__name__, cls.__bases__, kept)
+    else:
         del module._modules["parametrizations"]
-        module.__class__ = base
+        module.__class__ = cls.__bases__[0]
+
+
+def _is_compat_hook(hook: Any, name: str) -> bool:
+    """Whether it is the hook by which torch's parametrization of `name` reads the checkpoints of its hook."""
+    if getattr(hook, "__module__", "") != parametrizations.__name__ or not hook.__closure__:
+        return False
+    variables = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))
+    return "name" in variables and variables["name"].cell_contents == name

@@ -9,10 +9,10 @@ import __future__
 import ast
 import inspect
 import linecache
-import textwrap
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from textwrap import dedent, indent
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,33 +61,55 @@ def script(model: nn.Module) -> Any:
     return scripted
 
 
-def check(module: nn.Module, recipes: "tuple[Recipe, ...]") -> None:
-    """Refuses an inlined layer whose forward is never called: its weight would stay as it is now, silently."""
-    if isinstance(module, NonDynamicallyQuantizableLinear) and any(recipe.inlined for recipe in recipes):
+def prepare(module: nn.Module, recipes: "tuple[Recipe, ...]") -> None:
+    """Called for every carrier that `torch.jit.script` is about to compile.
+
+    TorchScript makes as many modules of a layer as it has names (`self.fc`, and again in `self.body`). They share their
+    parameters, but not the stored weight. So in TorchScript, and only there, the forward of a layer that was never told
+    to recompute does it by itself.
+    """
+    inlined = any(recipe.inlined for recipe in recipes)
+    if inlined and isinstance(module, NonDynamicallyQuantizableLinear):
         raise RuntimeError(
-            "nn.MultiheadAttention reads the weight of its out_proj without calling it, so the norm inlined there would "
-            "not be recomputed in TorchScript. Apply the norm to out_proj instead of inlining it, and call "
+            "nn.MultiheadAttention reads the weight of its out_proj without calling it, so a norm inlined there "
+            "would not be recomputed in TorchScript. Apply the norm to out_proj instead of inlining it, and call "
             "recompute(attention.out_proj) in a forward of your own; or use torch.export."
         )
+    carrier: Any = type(module)
+    base = carrier._normed_base
+    wrapped = "_forward_of_base" in vars(carrier) or isinstance(module, nn.RNNBase)
+    if not wrapped and base.forward is not nn.Module.forward:
+        carrier._forward_of_base = _renamed(base.forward, "_forward_of_base")
+        carrier.forward = _wrapped_forward(base, _RECOMPUTE_IF_NEVER_TOLD, "_forward_of_base")
 
 
 def methods(base: type[nn.Module], recipes: "tuple[Recipe, ...]", recompute: Callable[..., None]) -> dict[str, Any]:
     """What a class that carries `recipes` needs for TorchScript, and `forward` where one of them is inlined.
 
-    In eager mode the methods call `recompute(module, label)`.
+    In eager mode they call `recompute(module, label)`, and the method `_run_inlined`.
     """
     scope: dict[str, Any] = {"torch": torch, "recompute": recompute}
     made: dict[str, Any] = {}
-    source = _recompute_source(recipes, scope, issubclass(base, nn.RNNBase))
-    exported = _define(source, "_recompute_normed", base, scope)
+    is_rnn, inlined = issubclass(base, nn.RNNBase), any(recipe.inlined for recipe in recipes)
+    exported = _define(_recompute_source(recipes, scope, is_rnn), "_recompute_normed", base, scope)
     made["_recompute_normed"] = torch.jit.export(exported)
     made["_compiled_before_forward"] = property(_define(_GETTER, "_compiled_before_forward", base, scope))
-    if issubclass(base, nn.RNNBase):
-        made["_update_flat_weights"] = _define(_rnn_source(recipes), "_update_flat_weights", base, scope)
-    elif any(recipe.inlined for recipe in recipes):
-        made["forward"] = _inlined_forward(base)
+    if is_rnn:  # the first thing that the forward of an RNN calls; that forward itself is overloaded and stays as it is
+        before = (
+            _RECOMPUTE_INLINED
+            if inlined
+            else f"if torch.jit.is_scripting():\n{indent(_RECOMPUTE_IF_NEVER_TOLD, '    ')}"
+        )
+        source = "def _update_flat_weights(self) -> None:\n" + indent(before, "    ")
+        made["_update_flat_weights"] = _define(source, "_update_flat_weights", base, scope)
+    elif inlined:
         made["_forward_of_base"] = _renamed(base.forward, "_forward_of_base")
+        made["forward"] = _wrapped_forward(base, _RECOMPUTE_INLINED, "_run_inlined")
     return made
+
+
+_RECOMPUTE_INLINED = 'self._recompute_normed("inlined")\n'
+_RECOMPUTE_IF_NEVER_TOLD = 'if not self._was_told_to_recompute:\n    self._recompute_normed("")\n'
 
 
 def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[str, Any]:
@@ -98,6 +120,7 @@ def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[s
     declared = {recipe.name: torch.jit.Attribute(None, torch.Tensor) for recipe in recipes}
     if issubclass(base, nn.RNNBase):
         declared["_flat_weights"] = torch.jit.Attribute(None, list[torch.Tensor])
+    declared["_was_told_to_recompute"] = torch.jit.Attribute(False, bool)
     return declared
 
 
@@ -111,15 +134,6 @@ def _compiled_before_forward(self) -> bool:
 """
 
 
-def _rnn_source(recipes: "tuple[Recipe, ...]") -> str:
-    """The first thing that the forward of an RNN calls; that forward cannot be wrapped, since it is overloaded."""
-    inlined = any(recipe.inlined for recipe in recipes)
-    return "def _update_flat_weights(self) -> None:\n    " + (_RECOMPUTE_INLINED if inlined else "pass\n")
-
-
-_RECOMPUTE_INLINED = 'self._recompute_normed("inlined")\n'
-
-
 def _recompute_source(recipes: "tuple[Recipe, ...]", scope: dict[str, Any], is_rnn: bool) -> str:
     """The source of `_recompute_normed`; the functions it calls are added to `scope`."""
     lines = ["def _recompute_normed(self, label: str) -> None:", "    if torch.jit.is_scripting():"]
@@ -131,11 +145,17 @@ def _recompute_source(recipes: "tuple[Recipe, ...]", scope: dict[str, Any], is_r
         for index, recipe in enumerate(recipes):
             if label in recipe.labels:
                 lines += [" " * 12 + line for line in _statements(recipe, index, scope, is_rnn)]
+        lines.append("            self._was_told_to_recompute = True")
+    lines.append("        else:")
+    for index, recipe in enumerate(recipes):
+        lines += [" " * 12 + line for line in _statements(recipe, index, scope, is_rnn, advance=False)]
     lines += ["    else:", "        recompute(self, label)"]
     return "\n".join(lines) + "\n"
 
 
-def _statements(recipe: "Recipe", index: int, scope: dict[str, Any], is_rnn: bool) -> Iterator[str]:
+def _statements(
+    recipe: "Recipe", index: int, scope: dict[str, Any], is_rnn: bool, advance: bool = True
+) -> Iterator[str]:
     """The lines that rebuild one weight, in TorchScript."""
 
     def call(function: Callable[..., Any]) -> str:
@@ -145,7 +165,7 @@ def _statements(recipe: "Recipe", index: int, scope: dict[str, Any], is_rnn: boo
         options = [f"{option}={value!r}" for option, value in recipe.options_of(function).items()]
         return f"{name}({', '.join(parts + options)})"
 
-    if recipe.advance is not None:
+    if recipe.advance is not None and advance:
         yield "if self.training:"
         yield f"    {call(recipe.advance)}"
     yield f"self.{recipe.name} = {call(recipe.formula)}"
@@ -153,14 +173,20 @@ def _statements(recipe: "Recipe", index: int, scope: dict[str, Any], is_rnn: boo
         yield f"self._flat_weights[self._flat_weights_names.index({recipe.name!r})] = self.{recipe.name}"
 
 
-def _inlined_forward(base: type[nn.Module]) -> Any:
-    """`forward` of `base` with a recompute before it, its signature word for word: TorchScript reads it."""
+def _wrapped_forward(base: type[nn.Module], before: str, eager: str) -> Any:
+    """A forward that does `before` in TorchScript, which reads its signature: the base's, word for word.
+
+    In eager mode it calls the method `eager`.
+    """
     forward: Any = base.forward
     parameters, arguments, returns, comment = _signature(forward)
     source = f"def forward({parameters}){returns}:\n"
     source += f"    {comment}\n" if comment else ""
-    source += f"    {_RECOMPUTE_INLINED}    return self._forward_of_base({arguments})\n"
-    made: Any = _define(source, "forward", base, dict(getattr(forward, "__globals__", {})))
+    source += f"    if torch.jit.is_scripting():\n{indent(before, ' ' * 8)}"
+    source += f"        return self._forward_of_base({arguments})\n"
+    source += f"    else:\n        return self.{eager}({arguments})\n"
+    scope = {**getattr(forward, "__globals__", {}), "torch": torch}
+    made: Any = _define(source, "forward", base, scope)
     for name in ("__annotations__", "__module__", "__qualname__", "__doc__"):
         if hasattr(forward, name):
             setattr(made, name, getattr(forward, name))
@@ -188,7 +214,7 @@ def _renamed(function: Any, name: str) -> Any:
 def _signature(forward: Any) -> tuple[str, str, str, str | None]:
     """The parameters, the arguments that pass them on, the return annotation and the type comment of `forward`."""
     try:
-        source = textwrap.dedent(inspect.getsource(forward))
+        source = dedent(inspect.getsource(forward))
         node: Any = ast.parse(source).body[0]
     except (OSError, TypeError, SyntaxError):  # no source to read, hence none for TorchScript either
         node = None
@@ -202,7 +228,7 @@ def _signature(forward: Any) -> tuple[str, str, str, str | None]:
     arguments = [argument.arg for argument in positional] + ([f"*{names.vararg.arg}"] if names.vararg else [])
     arguments += [f"{argument.arg}={argument.arg}" for argument in names.kwonlyargs]
     arguments += [f"**{names.kwarg.arg}"] if names.kwarg else []
-    nothing = ast.Constant(None)  # the defaults themselves are copied by _inlined_forward
+    nothing = ast.Constant(None)  # the defaults themselves are copied by _wrapped_forward
     names.defaults = [nothing for _ in names.defaults]
     names.kw_defaults = [default and nothing for default in names.kw_defaults]
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""

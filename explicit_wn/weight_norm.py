@@ -1,6 +1,7 @@
 """Weight normalization: a weight as a magnitude times a direction."""
 
 import math
+from collections.abc import Iterator
 
 import attrs
 import torch
@@ -8,6 +9,22 @@ from torch import Tensor
 
 from .functional import norm_except_dim, weight_norm
 from .reparametrization import Reparametrization
+
+
+def weight_norm_steps(
+    v: Tensor, g: Tensor, name: str, dim: int | None, eps: float
+) -> Iterator[tuple[str, str, str, Tensor]]:
+    """The formula step by step: each step's symbol, what it is, its expression and its value."""
+    yield "v", "the direction, of any length", f"parameter {name}_v", v
+    norm = norm_except_dim(v, 2, dim)
+    yield "‖v‖", "the length of v", f"norm_except_dim(v, 2, dim={dim})", norm
+    if eps > 0:
+        norm = norm.clamp_min(eps)
+        yield "n", "the length that is divided by", f"max(‖v‖, {eps})", norm
+    length = "n" if eps > 0 else "‖v‖"
+    yield f"v/{length}", "the direction, of length 1", f"v / {length}", v / norm
+    yield "g", "the magnitude", f"parameter {name}_g", g
+    yield "w", "the weight", f"g · v/{length}", g * (v / norm)
 
 
 @attrs.define(slots=False, eq=False, on_setattr=None, repr=False)
@@ -43,6 +60,7 @@ class WeightNorm(Reparametrization):
     eps: float = 0.0
 
     formula = staticmethod(weight_norm)
+    steps = staticmethod(weight_norm_steps)
     spellings = {"g": "original0", "v": "original1"}
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:

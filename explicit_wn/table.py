@@ -1,0 +1,27 @@
+"""Tables for people: aligned in a terminal, HTML in a notebook."""
+
+import html
+from itertools import zip_longest
+
+
+class Table:
+    """Something that prints as a table. A subclass says what is in it; a cell may have several lines."""
+
+    def cells(self) -> list[list[str]]:
+        """The titles, then the rows."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        table = [[cell.split("\n") for cell in row] for row in self.cells()]
+        widths = [max(len(line) for cell in column for line in cell) for column in zip(*table, strict=True)]
+        table.insert(1, [["-" * width] for width in widths])
+        lines = [line for row in table for line in zip_longest(*row, fillvalue="")]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head, *body = [[html.escape(cell) for cell in row] for row in self.cells()]
+        titles = "".join(f"<th>{title}</th>" for title in head)
+        rows = ["".join(f"<td><pre>{c}</pre></td>" if "\n" in c else f"<td>{c}</td>" for c in row) for row in body]
+        return f"<table><tr>{titles}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
