@@ -36,8 +36,23 @@ def left_by_functorch(tensor: Tensor) -> bool:
     return dead
 
 
+@torch.library.custom_op("explicit_wn::held", mutates_args=())
+def held(tensor: Tensor) -> Tensor:
+    """A copy that the backward of a compiled graph keeps, where it would make a `clone` again.
+
+    It would make it from a buffer that the forward has changed in place meanwhile, and get another gradient
+    (https://github.com/pytorch/pytorch/pull/197039).
+    """
+    return tensor.clone()
+
+
+@held.register_fake
+def _held_fake(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
+
+
 @functools.cache
-def once(formula: Formula) -> Formula:
+def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
     """`formula`, computed once per trace for the same arguments as long as none of them is changed in place.
 
     Dynamo does not look inside (see `announce_to_dynamo`); the tracer beneath it runs this function for every read
@@ -60,6 +75,8 @@ def once(formula: Formula) -> Formula:
         key = formula, *((name, id(v) if isinstance(v, Tensor) else v) for name, v in arguments.items())
         known = _traces.setdefault(trace.tracer, {})
         if key not in known or known[key][0] != state:
+            if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+                arguments |= {name: held(arguments[name]) for name in changing if name in arguments}
             known[key] = state, formula(**arguments), tensors  # the tensors are kept, so that no id is used again
         result: Tensor = known[key][1]
         return result

@@ -16,9 +16,11 @@ import contextlib
 import copyreg
 import functools
 import inspect
+import keyword
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -71,6 +73,7 @@ class Recipe:
     """The settings that `advance` takes."""
 
     def __attrs_post_init__(self) -> None:
+        self._check()
         kind, settings = self.norm_class.kind, dict(self.settings)
         name, formula, advance = settings["name"], self.norm_class.formula, self.norm_class.advance
         known = {*self.parts, *settings}
@@ -82,13 +85,29 @@ class Recipe:
             "labels": tuple({f"{kind} {self.owner}": 0, f"{kind} {name}": 0} | ({INLINED: 0} if self.inlined else {})),
             "attributes": tuple(f"{name}_{part}" for part in self.parts),
             "formula": formula,
-            "formula_once": capture.once(formula),
+            "formula_once": capture.once(formula, () if advance is None else self.norm_class.buffer_parts),
             "formula_options": self.options_of(formula),
             "advance": advance,
             "advance_options": {} if advance is None else self.options_of(advance),
         }
         for key, value in derived.items():
             object.__setattr__(self, key, value)
+
+    def _check(self) -> None:
+        """What is written into source must be names and numbers, wherever this recipe comes from (a pickle, say)."""
+        if not (isinstance(self.norm_class, type) and issubclass(self.norm_class, nn.Module)) or not hasattr(
+            self.norm_class, "formula"
+        ):
+            raise TypeError(f"a recipe is for a norm, and the data names {self.norm_class!r}")
+        settings = dict(self.settings)
+        fields = [field.name for field in attrs.fields(self.norm_class)]  # type: ignore[arg-type]
+        if list(settings) != fields or not all(isinstance(v, (int, float, str, NoneType)) for v in settings.values()):
+            raise ValueError(f"the settings of a {self.norm_class.__name__} are {fields}, not {self.settings!r}")
+        for name in (settings["name"], *self.parts):
+            if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+                raise ValueError(f"{name!r} is no Python identifier, hence no name of a parameter that can be normed")
+        if not isinstance(self.owner, str):
+            raise TypeError(f"the owner of a recipe is a str, not {self.owner!r}")
 
     def __reduce__(self) -> Any:
         return Recipe, (self.norm_class, self.settings, self.parts, self.owner, self.inlined)
@@ -100,7 +119,11 @@ class Recipe:
     def options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The settings that `function` takes."""
         takes = inspect.signature(function).parameters
-        return {key: value for key, value in self.settings if key in takes and key not in self.parts}
+        options = {key: value for key, value in self.settings if key in takes and key not in self.parts}
+        for key, value in options.items():  # TorchScript takes no int for a float
+            if isinstance(value, int) and takes[key].annotation in (float, "float"):
+                options[key] = float(value)
+        return options
 
     def read(self, module: nn.Module) -> dict[str, Tensor]:
         """The parts as they are now, by suffix."""
@@ -225,10 +248,23 @@ def recompute_recipes(module: nn.Module, recipes: Iterable[Recipe]) -> None:
             continue
         if module.training and recipe.advance is not None:
             recipe.advance(**recipe.read(module), **recipe.advance_options)
-        if not captured and isinstance(refresh(module, recipe), torch.fx.Proxy) and not recipe.inlined:
+        if not captured and isinstance(refresh(module, recipe), torch.fx.Proxy):
+            _refuse_symbolic_trace(module, recipe)
+
+
+def _refuse_symbolic_trace(module: nn.Module, recipe: Recipe) -> None:
+    """torch.fx records what is done to parameters, in the forwards that it looks into. What else there is, it loses."""
+    what = f"torch.fx.symbolic_trace does not see recompute({base_of(module).__name__})"
+    if not recipe.inlined:
+        raise RuntimeError(
+            f"{what}: the graph would hold {recipe.name!r} as it is now, for ever. Use inline(layer) instead of "
+            "apply(layer), or torch.export."
+        )
+    for name in recipe.attributes:
+        if name in module._buffers:
             raise RuntimeError(
-                f"torch.fx.symbolic_trace does not see recompute({base_of(module).__name__}): the graph would hold "
-                f"{recipe.name!r} as it is now, for ever. Use inline(layer) instead of apply(layer), or torch.export."
+                f"{what}: the graph would hold the buffer {name!r} as it is now, for ever. Make the module a leaf of "
+                "the tracer, or use torch.export."
             )
 
 
@@ -304,6 +340,9 @@ class FlatWeights:
         if module is None:
             return self
         stored = {} if capture.capturing() else store_of(module)
+        if on_read is not None and stored:
+            for recipe in module._normed:
+                on_read(module, recipe)
         current = {r.name: stored[r.name].value for r in module._normed if _has_current(module, r, stored)}
         return [current[n] if n in current else getattr(module, n, None) for n in module._flat_weights_names]
 
@@ -353,10 +392,11 @@ class Carrier(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for recipe in self._normed:
-            recipe.norm.respell(state_dict, prefix)
+            recipe.norm.respell(state_dict, prefix, recipe.parts)
             objection = _split_plain(self, recipe, state_dict, prefix)
             if objection:
                 rest[-1].append(objection)  # what load_state_dict raises in the end
+        store_of(self).clear()
         super()._load_from_state_dict(state_dict, prefix, *rest)
         store_of(self).clear()
 
@@ -445,6 +485,8 @@ def rebuild(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> nn.Module:
     """An empty carrier: what copies and pickles are made of."""
     if not (isinstance(base, type) and issubclass(base, nn.Module)):
         raise TypeError(f"only an nn.Module can carry a norm, and the data names {base!r}")
+    if not (isinstance(recipes, tuple) and recipes and all(isinstance(recipe, Recipe) for recipe in recipes)):
+        raise TypeError(f"a carrier carries recipes, and the data names {recipes!r}")
     cls = carrier_class(base, recipes)
     module = cls.__new__(cls)
     module.__dict__["_normed_store"] = Store()

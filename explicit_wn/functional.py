@@ -82,7 +82,8 @@ def _in_layout_of(v: Tensor, weight: Tensor) -> Tensor:
 
 def as_matrix(weight: Tensor, dim: int = 0) -> Tensor:
     """`weight` with `dim` as its rows and everything else as its columns."""
-    return weight.movedim(dim, 0).flatten(1)
+    rows = weight.movedim(dim, 0)
+    return rows.reshape(rows.size(0), -1)
 
 
 def power_iteration(

@@ -99,13 +99,16 @@ def cached(model: Model) -> Iterator[Model]:
     carriers = [module for module in model.modules() if carrier.recipes_of(module)]
     block = carrier.Block()
     try:
-        recompute_all(model)
-        for module in carriers:
-            carrier.store_of(module).blocks.append(block)
-        block.active = True
-        yield model
+        try:
+            recompute_all(model)
+            for module in carriers:
+                carrier.store_of(module).blocks.append(block)
+            block.active = True
+            yield model
+        finally:
+            block.active = False  # from here on no weight is held, whatever interrupts the rest
     finally:
-        block.active = False  # first of all: whatever comes between, no weight is held any more
+        block.active = False
         for module in carriers:
             blocks = carrier.store_of(module).blocks
             blocks[:] = [other for other in blocks if other is not block]

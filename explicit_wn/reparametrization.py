@@ -1,5 +1,6 @@
 """The verbs that every norm shares. A norm itself is a formula, the parts it is made of, and its settings."""
 
+import inspect
 import keyword
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
@@ -167,6 +168,7 @@ class Reparametrization(nn.Module):
             values = recipe.norm.inverse(weight.detach().to(current))
             parts = recipe.read(module)
             before = {part: parts[part].clone() for part in values}
+            carrier.store_of(module).pop(recipe.name, None)
             try:
                 for part, value in values.items():
                     parts[part].copy_(value)
@@ -174,7 +176,6 @@ class Reparametrization(nn.Module):
                 for part, value in before.items():
                     parts[part].copy_(value)
                 raise
-        carrier.store_of(module).pop(recipe.name, None)
         return module
 
     def clone(self: Self, deep: bool = False) -> Self:
@@ -182,6 +183,12 @@ class Reparametrization(nn.Module):
         return attrs.evolve(self)  # type: ignore[misc]
 
     # How it shows
+
+    @classmethod
+    def part_names(cls) -> set[str]:
+        """What the formula takes that is no setting."""
+        settings = {field.name for field in attrs.fields(cls)}  # type: ignore[arg-type]
+        return set(inspect.signature(cls.formula).parameters) - settings
 
     @property
     def label(self) -> str:
@@ -202,7 +209,7 @@ class Reparametrization(nn.Module):
 
     # State dicts
 
-    def respell(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def respell(self, state_dict: dict[str, Any], prefix: str, parts: tuple[str, ...]) -> None:
         """Renames the parts of one weight as a parametrized module calls them to ours."""
         for part, spelling in self.spellings.items():
             foreign = f"{prefix}parametrizations.{self.name}.{spelling}"
@@ -296,7 +303,9 @@ class Reparametrization(nn.Module):
         if "." in name:
             reason = f"apply wants the module that owns the parameter: apply(model.{name.rpartition('.')[0]})"
         elif name in by_us:
-            reason = f"it is normed already, by {by_us[name]!r}; call remove(module) on that first"
+            clash = {f"{name}_{part}" for part in by_us[name].part_names() & self.part_names()}
+            both = f" (both would keep a part in {', '.join(map(repr, sorted(clash)))})" if clash else ""
+            reason = f"it is normed already, by {by_us[name]!r}{both}; call remove(module) on that first"
         elif parametrize.is_parametrized(module, name):
             reason = "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations(module, name) ends that"
         elif any(getattr(hook, "name", None) == name for hook in hooks):
@@ -414,6 +423,14 @@ class Folded(nn.Module):
 
     def __call__(self, module: Module) -> Module:
         return module
+
+    def apply(self, module: Any, name: str | None = None, dim: int | str | None = None) -> Any:
+        """`nn.Module.apply` of a function; there is no norm any more to apply to a module."""
+        if callable(module) and not isinstance(module, (nn.Module, type)):
+            return super().apply(module)
+        raise ValueError(f"{self!r} was ended by fold(model) and norms nothing any more; make a new norm object.")
+
+    inline = apply
 
     def extra_repr(self) -> str:
         return self.ended

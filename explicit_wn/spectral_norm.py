@@ -98,6 +98,8 @@ class SpectralNorm(Reparametrization):
                 return f"{field} is an int from {least} up, not {value!r}"
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 < self.eps < float("inf"):
             return f"eps is a number above 0, not {self.eps!r}"
+        if self.eps < torch.finfo(torch.float32).tiny:
+            return f"eps={self.eps!r} is 0 in single precision; take a larger one (1e-12, say)"
         if self.first not in ("u", "v"):
             return f'first is "u" or "v", not {self.first!r}'
         if weight.numel() == 0:
@@ -108,20 +110,24 @@ class SpectralNorm(Reparametrization):
 
     def no_inverse(self, weight: Tensor) -> str | None:
         """Refuses what no σ-normed weight can be: a weight whose σ is not 1."""
-        sigma = (
-            torch.linalg.matrix_norm(self._matrix(weight).double(), 2) if weight.dim() > 1 else weight.double().norm()
-        )
+        if not weight.isfinite().all():
+            return "not all of its entries are finite"
+        sigma = torch.linalg.matrix_norm(self._matrix(weight).double(), 2)
         if abs(sigma.item() - 1) <= 16 * torch.finfo(weight.dtype).eps:
             return None
         return f"its largest singular value is {sigma.item():.9g}, and that of a normed weight is 1; divide it by that"
 
-    def respell(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Also reads what torch's hook wrote before 1.0: the weight instead of v."""
-        super().respell(state_dict, prefix)
+    def respell(self, state_dict: dict[str, Any], prefix: str, parts: tuple[str, ...]) -> None:
+        """Also reads what torch's hook wrote before 1.0, the weight instead of v, and its u and v of a vector."""
+        super().respell(state_dict, prefix, parts)
         key = prefix + self.name
-        if f"{key}_v" not in state_dict and {key, f"{key}_orig", f"{key}_u"} <= set(state_dict):
-            weight = state_dict.pop(key)
-            state_dict[f"{key}_v"] = self._solve_v(state_dict[f"{key}_orig"], state_dict[f"{key}_u"], weight)
+        if "v" not in parts:
+            for part in self.buffer_parts:
+                state_dict.pop(f"{key}_{part}", None)
+        elif f"{key}_v" not in state_dict and {key, f"{key}_orig", f"{key}_u"} <= set(state_dict):
+            orig, u, weight = (state_dict[k] for k in (f"{key}_orig", f"{key}_u", key))
+            if orig.shape == weight.shape and u.shape == orig.shape[self._rows() : self._rows() + 1]:
+                state_dict[f"{key}_v"] = self._solve_v(orig, u, state_dict.pop(key))
 
     def _rows(self) -> int:
         assert isinstance(self.dim, int), "resolved by apply"
@@ -137,4 +143,5 @@ class SpectralNorm(Reparametrization):
         """The v for which u ∝ W·v and uᵀ·W·v = σ, where σ is what `orig` was divided by to give `weight`."""
         matrix = self._matrix(orig)
         v: Tensor = torch.linalg.pinv(matrix) @ u
-        return v * ((orig / weight).mean() / torch.dot(u, matrix @ v))
+        sigma = (orig * weight).sum() / (weight * weight).sum()
+        return v * (sigma / torch.dot(u, matrix @ v))

@@ -232,16 +232,23 @@ _watching: ContextVar[tuple[_Watch, ...]] = ContextVar("watching", default=())
 def _on_read(module: nn.Module, recipe: Recipe) -> None:
     store, watches = carrier.store_of(module), _watching.get()
     stored = store.get(recipe.name)
-    if not watches or stored is None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if not watches or stored is None or (recipe.inlined and not store.held) or _is_torchscript_looking():
         return
     if capture.left_by_functorch(stored.value) or any(map(operator.is_not, stored.sources, recipe.sources(module))):
         return  # such a read computes the weight anew
     models = [watch.model for watch in watches if watch.model is not None]
     has_changed = [watch.has_changed(module, recipe, stored) for watch in watches]
-    if (store.held or not recipe.inlined) and (any(has_changed) or stored.is_stale()):
+    if any(has_changed) or stored.is_stale():
         raise StaleWeightError(_on_stale(module, recipe, models))
     if torch.is_grad_enabled() and _is_used_up(stored.value.grad_fn):
         watches[0].used_up.append(_on_used_up(module, recipe, models))
+
+
+def _is_torchscript_looking() -> bool:
+    """Whether torch.jit reads, which looks at every attribute of a module before it traces its forward."""
+    reader = sys._getframe(3).f_globals.get("__name__", "")  # above this function, _on_read and the descriptor
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or reader.startswith("torch.jit")
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

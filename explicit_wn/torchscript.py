@@ -179,31 +179,57 @@ def _wrapped_forward(base: type[nn.Module], before: str, eager: str) -> Any:
     In eager mode it calls the method `eager`.
     """
     forward: Any = base.forward
-    parameters, arguments, returns, comment = _signature(forward)
+    parameters, arguments, returns, comment = _signature(inspect.unwrap(forward))
     source = f"def forward({parameters}){returns}:\n"
     source += f"    {comment}\n" if comment else ""
-    source += f"    if torch.jit.is_scripting():\n{indent(before, ' ' * 8)}"
+    source += f"    if {_IS_SCRIPTING}():\n{indent(before, ' ' * 8)}"
     source += f"        return self._forward_of_base({arguments})\n"
     source += f"    else:\n        return self.{eager}({arguments})\n"
-    scope = {**getattr(forward, "__globals__", {}), "torch": torch}
+    scope = {**_names_of(inspect.unwrap(forward)), _IS_SCRIPTING: torch.jit.is_scripting}  # type: ignore[attr-defined]
     made: Any = _define(source, "forward", base, scope)
-    for name in ("__annotations__", "__module__", "__qualname__", "__doc__"):
-        if hasattr(forward, name):
-            setattr(made, name, getattr(forward, name))
     if parameters == _ANYTHING:
         made.__signature__ = inspect.signature(forward)
     else:
-        made.__defaults__, made.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
+        inner: Any = inspect.unwrap(forward)
+        made.__defaults__, made.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__
+    if hasattr(
+        forward, "__wrapped__"
+    ):  # eager mode takes what the decorator takes; TorchScript unwraps, as it always does
+        written = made
+        made = _define(f"def forward({_ANYTHING}):\n    return self.{eager}(*args, **kwargs)\n", "forward", base, scope)
+        made.__wrapped__ = written
+    for function in (made, inspect.unwrap(made)):
+        for name in ("__annotations__", "__module__", "__qualname__", "__doc__"):
+            if hasattr(forward, name):
+                setattr(function, name, getattr(forward, name))
     return made
 
 
 _ANYTHING = "self, /, *args, **kwargs"
+_IS_SCRIPTING = "_explicit_wn_is_scripting"  # no forward has a parameter of this name
+
+
+def _names_of(function: Any) -> dict[str, Any]:
+    """The names that the annotations of `function` may use."""
+    if not isinstance(function, FunctionType):
+        return {}
+    names = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+    names.pop("__name__", None)  # by which Dynamo would look for our names in the module of `function`
+    return names
 
 
 def _renamed(function: Any, name: str) -> Any:
     """A copy of `function` under another name, by which TorchScript knows it."""
     if not isinstance(function, FunctionType):
         return function
+    if hasattr(
+        function, "__wrapped__"
+    ):  # TorchScript unwraps a decorated function; let it find the names that one uses
+        scope = {**_names_of(inspect.unwrap(function)), "_decorated": function}
+        source = f"def {name}({_ANYTHING}):\n    return _decorated(self, *args, **kwargs)\n"
+        outer: Any = _define(source, name, object, scope)
+        outer.__wrapped__ = inspect.unwrap(function)
+        return outer
     arguments = function.__globals__, name, function.__defaults__, function.__closure__
     copied = FunctionType(function.__code__, *arguments)
     copied.__kwdefaults__, copied.__annotations__ = function.__kwdefaults__, function.__annotations__
@@ -219,8 +245,7 @@ def _signature(forward: Any) -> tuple[str, str, str, str | None]:
     except (OSError, TypeError, SyntaxError):  # no source to read, hence none for TorchScript either
         node = None
     written = isinstance(forward, FunctionType) and isinstance(node, ast.FunctionDef)
-    # a decorated forward takes what its decorator takes, which its own source does not tell
-    if not written or hasattr(forward, "__wrapped__") or node.name != forward.__name__ or not _arguments(node.args):
+    if not written or node.name != forward.__name__ or not _arguments(node.args):
         return _ANYTHING, "*args, **kwargs", "", None
     names = node.args
     first, *positional = _arguments(names)

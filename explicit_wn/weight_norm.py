@@ -65,7 +65,8 @@ class WeightNorm(Reparametrization):
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:
         """The magnitude and the direction of `weight`; the direction need not have length 1, so it is `weight`."""
-        return {"g": norm_except_dim(weight, 2, self.dim), "v": weight}  # type: ignore[arg-type]
+        g = norm_except_dim(weight, 2, self.dim)  # type: ignore[arg-type]
+        return {"g": g.clamp_min(self.eps) if self.eps > 0 else g, "v": weight}
 
     def objection(self, weight: Tensor) -> str | None:
         """Refuses an eps that is none, and slices that have no direction."""
