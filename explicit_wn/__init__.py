@@ -3,6 +3,7 @@
 from . import functional
 from .model import apply_all, cached, convert, fold, normed, recompute_all, report
 from .spectral_norm import SpectralNorm
+from .teaching import data_dependent_init, detect_stale, steps
 from .torchscript import script
 from .weight_norm import WeightNorm
 
@@ -12,10 +13,13 @@ __all__ = [
     "apply_all",
     "cached",
     "convert",
+    "data_dependent_init",
+    "detect_stale",
     "fold",
     "functional",
     "normed",
     "recompute_all",
     "report",
     "script",
+    "steps",
 ]

@@ -246,7 +246,7 @@ def recompute_recipes(module: nn.Module, recipes: Iterable[Recipe]) -> None:
     for recipe in recipes:
         if not captured and store_of(module).held and not _is_traced(module, recipe):
             continue
-        if module.training and recipe.advance is not None:
+        if recipe.advance is not None and module.training:
             recipe.advance(**recipe.read(module), **recipe.advance_options)
         if not captured and isinstance(refresh(module, recipe), torch.fx.Proxy):
             _refuse_symbolic_trace(module, recipe)
@@ -361,13 +361,13 @@ class Carrier(nn.Module):
         return ", ".join([*([own] if own else []), *(recipe.norm.describe() for recipe in self._normed)])
 
     def __setattr__(self, name: str, value: Any) -> None:
-        descriptor = type(self).__dict__.get(name)
+        descriptor = getattr(type(self), name, None)
         if isinstance(descriptor, Derived):
             descriptor.__set__(self, value)
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if isinstance(type(self).__dict__.get(name), Derived):
+        if isinstance(getattr(type(self), name, None), Derived):
             setattr(self, name, param)
         super().register_parameter(name, param)
 
@@ -474,6 +474,8 @@ def _make_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.M
     # TorchScript reads the annotations of the first class in the MRO that has any
     namespace["__annotations__"] = next(filter(None, map(inspect.get_annotations, base.__mro__)), {})
     namespace |= {"_normed_base": base, "_normed": recipes, "_normed_by_label": by_label}
+    ignored = [*getattr(base, "__jit_ignored_attributes__", []), "_normed_store"]
+    namespace["__jit_ignored_attributes__"] = ignored  # TorchScript would try, long and in vain, to compile it
     namespace |= {recipe.name: Derived(recipe) for recipe in recipes}
     namespace |= torchscript.methods(base, recipes, recompute)
     if issubclass(base, nn.RNNBase):

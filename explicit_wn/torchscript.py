@@ -7,6 +7,7 @@ a *module interface*. So every class that `carrier.py` makes gets methods whose 
 import __future__
 
 import ast
+import contextlib
 import inspect
 import linecache
 import warnings
@@ -213,7 +214,10 @@ def _names_of(function: Any) -> dict[str, Any]:
     """The names that the annotations of `function` may use."""
     if not isinstance(function, FunctionType):
         return {}
-    names = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+    names = dict(function.__globals__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            names[name] = cell.cell_contents
     names.pop("__name__", None)  # by which Dynamo would look for our names in the module of `function`
     return names
 

@@ -74,14 +74,14 @@ class WeightNorm(Reparametrization):
             return f"eps is a number from 0 up, not {self.eps!r}"
         if 0 < self.eps < torch.finfo(torch.float32).tiny:
             return f"eps={self.eps!r} is 0 in single precision; take a larger one (1e-12, say)"
-        if self.eps > 0 or weight.is_meta or weight.numel() == 0:
+        if weight.is_meta or weight.numel() == 0:
             return None
-        norms = norm_except_dim(weight.detach(), 2, self.dim)  # type: ignore[arg-type]
-        zeros = (norms.flatten() == 0).nonzero().flatten().tolist()
+        zeros = (self.split(weight.detach())["g"].flatten() == 0).nonzero().flatten().tolist()
         if not zeros:
             return None
         where = "all of it is" if self.dim is None else f"along dim {self.dim}, the slices {_some(zeros)} are"
-        return f"{where} zero, which has no direction and would give NaN; initialize it, or set eps (1e-12, say)"
+        eps = 1e-6 if weight.dtype == torch.float16 else 1e-12
+        return f"{where} zero, which has no direction and would give NaN; initialize it, or set eps ({eps}, say)"
 
     @classmethod
     def from_r(cls, name: str, dim: int | None) -> "WeightNorm":

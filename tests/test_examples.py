@@ -1,0 +1,74 @@
+"""The examples run as their readers run them, with warnings as errors, and what they print makes sense."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, folder: Path) -> str:
+    """What an example prints, run in an empty folder; nothing on stderr is fine, anything else is not."""
+    command = [sys.executable, "-W", "error", EXAMPLES / name]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+    assert list(folder.iterdir()) == []
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return run("quickstart.py", tmp_path_factory.mktemp("quickstart"))
+
+
+def differences(printed: str) -> dict[str, float]:
+    rows = re.findall(r"^  (\S.*?) {2,}(\d\.\de[+-]\d\d)$", printed, re.MULTILINE)
+    return {name: float(value) for name, value in rows}
+
+
+def test_the_quickstart_learns_its_task(quickstart: str) -> None:
+    found = re.search(r"accuracy on new images: ([\d.]+)%", quickstart)
+    assert found is not None
+    assert float(found[1]) > 90
+
+
+def test_the_quickstart_gives_the_formulas_numbers_every_way_and_old_weights_would_show(quickstart: str) -> None:
+    rows = differences(quickstart)
+    stale = rows.pop("for scale: weights one step old")
+    for way in ("eager", "jit.script", "frozen", "jit.trace", "export", "saved and loaded", "state_dict", "fold"):
+        assert any(way in name for name in rows), way
+    assert len(rows) == 12
+    assert max(rows.values()) < 1e-4
+    assert stale > 1e-2
+
+
+def test_the_quickstart_folds_every_layer(quickstart: str) -> None:
+    assert quickstart.splitlines()[-1] == "folded into plain parameters: edges.weight, stripes.weight, out.weight"
+
+
+def test_the_port_from_r_runs_line_for_line(tmp_path: Path) -> None:
+    printed = dict(line.split(": ") for line in run("port_from_r.py", tmp_path).splitlines())
+    assert 0 <= float(printed.pop("loss")) < 0.01
+    assert printed == {"shape of g": "1 20", "shape of v": "40 20", "parameters": "bias weight"}
+
+
+def spoken(line: str) -> list[str]:
+    """What a line of R or Python calls that is called the same in both."""
+    line = line.partition("#")[0].replace("nn_utils_weight_norm", "WeightNorm")
+    words = re.split(r"[^A-Za-z_]+", re.sub(r"\b(torch|nn|nnf|optim|named)_", "", line))
+    shared = (
+        "apply remove recompute weightnorm backward zero_grad step randn sin sum linear mse_loss relu adam parameters"
+    )
+    return sorted(word.lower() for word in words if word.lower() in shared.split())
+
+
+def test_the_two_ports_say_the_same_on_every_line() -> None:
+    in_r = (EXAMPLES / "port_from_r.R").read_text().splitlines()
+    in_python = (EXAMPLES / "port_from_r.py").read_text().splitlines()
+    said = [(number, spoken(r)) for number, r in enumerate(in_r, start=1)]
+    assert [words for _, words in said][8:] == [spoken(line) for line in in_python][8:]
+    assert sum(len(words) for _, words in said) > 20
