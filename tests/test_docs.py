@@ -126,7 +126,7 @@ def test_the_readme_has_the_two_commands_once_each_and_both_make_their_venv() ->
     commands = [code.strip() for _, code in blocks((ROOT / "README.md").read_text(), "sh")]
     assert len(commands) == 2
     for command, end in zip(commands, ("examples/quickstart.py", "-m pytest"), strict=True):
-        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e '.[")
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
         assert command.endswith(f" && .venv/bin/python {end}")
 
 
