@@ -274,11 +274,10 @@ def _is_traced(module: nn.Module, recipe: Recipe) -> bool:
     return tracing or isinstance(getattr(module, recipe.attributes[0]), torch.fx.Proxy)
 
 
-def release(module: nn.Module) -> None:
-    """Drops the weights of `module` that only its own forward may use."""
-    store = store_of(module)
+def release(store: Store, recipes: Iterable[Recipe]) -> None:
+    """Drops the weights that only the forward of their own module may use."""
     if not store.held:
-        for recipe in recipes_of(module):
+        for recipe in recipes:
             if recipe.inlined:
                 store.pop(recipe.name, None)
 
@@ -388,7 +387,7 @@ class Carrier(nn.Module):
             return self._forward_of_base(*arguments, **keywords)  # type: ignore[operator]
         finally:
             if not capture.capturing():
-                release(self)
+                release(store_of(self), self._normed)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for recipe in self._normed:

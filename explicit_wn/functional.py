@@ -76,7 +76,7 @@ def _is_double(v: Tensor) -> bool:
 def _in_layout_of(v: Tensor, weight: Tensor) -> Tensor:
     """`weight` with the channels last if `v` has them last: torch's kernel returns them first."""
     if isinstance(v, Tensor) and v.dim() >= 4 and not v.is_contiguous() and v.stride(1) == 1:
-        return weight.contiguous(memory_format=torch.channels_last if v.dim() == 4 else torch.channels_last_3d)
+        return weight.movedim(1, -1).contiguous().movedim(-1, 1)
     return weight
 
 

@@ -97,22 +97,22 @@ def cached(model: Model) -> Iterator[Model]:
     True
     """
     carriers = [module for module in model.modules() if carrier.recipes_of(module)]
+    stores = [(carrier.store_of(module), carrier.recipes_of(module)) for module in carriers]
     block = carrier.Block()
     try:
         try:
             recompute_all(model)
-            for module in carriers:
-                carrier.store_of(module).blocks.append(block)
+            for store, _ in stores:
+                store.blocks.append(block)
             block.active = True
             yield model
         finally:
             block.active = False  # from here on no weight is held, whatever interrupts the rest
     finally:
         block.active = False
-        for module in carriers:
-            blocks = carrier.store_of(module).blocks
-            blocks[:] = [other for other in blocks if other is not block]
-            carrier.release(module)
+        for store, recipes in stores:
+            store.blocks[:] = [other for other in store.blocks if other is not block]
+            carrier.release(store, recipes)
 
 
 def convert(model: nn.Module) -> list[str]:

@@ -74,14 +74,18 @@ def _from_hook(module: nn.Module, hook: Any) -> Found:
         objection = f"its hook is a {kind.__module__}.{kind.__qualname__}, not torch's; remove that hook its own way"
     elif len(parts) < len(names):
         objection = "a part of it is computed by another tool (parametrize or prune); end that first"
-    current = vars(module)[name]
-    stale = len(parts) == len(names) and not current.is_meta and _differs(norm, parts, current)
-    return Found(name, "hook", norm, norm.kind, parts, tuple(current.shape), stale, objection)
+    whole = getattr(module, f"{name}_{names[0]}" if len(names) == 3 else f"{name}_v")
+    stale = len(parts) == len(names) and _differs(norm, parts, vars(module).get(name))
+    return Found(name, "hook", norm, norm.kind, parts, tuple(whole.shape), stale, objection)
 
 
-def _differs(norm: Any, parts: dict[str, Tensor], current: Tensor) -> bool:
+def _differs(norm: Any, parts: dict[str, Tensor], current: Tensor | None) -> bool:
+    """Whether `current`, which `.to()` does not reach, is anything else than what the parts make."""
     with torch.no_grad():
-        return not torch.allclose(norm.formula(**parts, dim=norm.dim, eps=norm.eps), current, equal_nan=True)
+        weight = norm.formula(**parts, dim=norm.dim, eps=norm.eps)
+    if current is None or (current.dtype, current.device) != (weight.dtype, weight.device):
+        return True
+    return not weight.is_meta and not torch.allclose(weight, current, equal_nan=True)
 
 
 _NORMS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)

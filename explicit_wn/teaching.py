@@ -99,8 +99,7 @@ def steps(module: nn.Module, name: str = "weight") -> Steps:
             f"no norm of explicit_wn makes {name!r} of this {kind}; the weights that one makes: {names}. "
             "WeightNorm().apply(module) norms a weight, and convert(model) takes over the norms of torch."
         )
-    with torch.no_grad():
-        return Steps(tuple(_step(*row) for row in _rows(*found[name])))
+    return Steps(tuple(_step(*row) for row in _rows(*found[name])))
 
 
 def _rows(module: nn.Module, recipe: Recipe) -> Iterator[tuple[str, str, str, Tensor]]:
@@ -454,8 +453,7 @@ def _restored(model: nn.Module, layers: Iterable[Any]) -> Iterator[None]:
                 module._buffers.clear()
                 module._buffers.update(own)
             for tensor, value in values:
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
+                tensor.copy_(value)
         for module in model.modules():
             if carrier.recipes_of(module):
                 carrier.store_of(module).clear()
@@ -502,9 +500,7 @@ def _initialize(path: str, layer: Any, compute: Callable[[Tensor, Tensor | None]
     g, v = layer.weight_g, layer.weight_v
     with torch.no_grad():
         output = compute(recipe.formula(g=torch.ones_like(g), v=v, **recipe.formula_options), None)
-        channels = -1 if isinstance(layer, nn.Linear) else output.dim() - v.dim() + 1
-        values = output.movedim(channels, 0).reshape(layer.bias.numel(), -1)
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        values = output.movedim(output.dim() - v.dim() + 1, 0).reshape(layer.bias.numel(), -1)  # the channels first
         mean, deviation = values.mean(1), values.std(1, correction=0)
         least = 4 * torch.finfo(output.dtype).eps * values.abs().amax(1)
         bad = (~(deviation > least) | deviation.isinf()).nonzero().flatten().tolist()
