@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from . import carrier, spellings
-from .reparametrization import Folded, Reparametrization
+from .reparametrization import Folded, Reparametrization, replaced_forward
 from .spellings import Found
 from .table import Table
 
@@ -130,18 +130,29 @@ def convert(model: nn.Module) -> list[str]:
       (0): Linear(in_features=2, out_features=3, bias=True, weight=WeightNorm(dim=0))
     )
     """
+    for path, module in model.named_modules():
+        for spelled in spellings.find(module):
+            if spelled.is_norm and replaced_forward(module):
+                raise _cannot_convert(path, module, spelled, replaced_forward(module))
+    return _make_ours(model)
+
+
+def _make_ours(model: nn.Module) -> list[str]:
     found = [(p, m, spelled) for p, m in model.named_modules() for spelled in spellings.find(m) if spelled.is_norm]
+    by_module: dict[nn.Module, list[Found]] = {}
     for path, module, spelled in found:
         if spelled.objection:
-            kind = spellings.class_of(module).__name__
-            raise ValueError(f"cannot convert {_join(path, spelled.name)!r} of this {kind}: {spelled.objection}.")
-    by_module: dict[nn.Module, list[Found]] = {}
-    for _, module, spelled in found:
+            raise _cannot_convert(path, module, spelled, spelled.objection)
         by_module.setdefault(module, []).append(spelled)
     with carrier.all_or_nothing(*(changed for module in by_module for changed in spellings.touched(module))):
         for module, of_module in by_module.items():
             spellings.become_ours(module, of_module)
     return [_join(path, spelled.name) for path, _, spelled in found]
+
+
+def _cannot_convert(path: str, module: nn.Module, spelled: Found, objection: str | None) -> ValueError:
+    kind = spellings.class_of(module).__name__
+    return ValueError(f"cannot convert {_join(path, spelled.name)!r} of this {kind}: {objection}.")
 
 
 def fold(model: nn.Module) -> list[str]:
@@ -162,7 +173,7 @@ def fold(model: nn.Module) -> list[str]:
     """
     modules = {changed: None for module in model.modules() for changed in spellings.touched(module)}
     with carrier.all_or_nothing(*modules):
-        convert(model)
+        _make_ours(model)
         folded = list(normed(model))
         ended = {label for module in model.modules() for r in carrier.recipes_of(module) for label in r.labels}
         for name, module, norm in folded:

@@ -342,7 +342,9 @@ class Reparametrization(nn.Module):
             raise TypeError(f"{self!r} cannot {verb} {name!r} of {kind}: give it an nn.Module in eager mode.")
 
     def _check_forward(self, module: nn.Module, name: str) -> None:
-        reason = forward_objection(module)
+        reason = replaced_forward(module)
+        if type(module).forward is nn.Module.forward:
+            reason = "the module has no forward to recompute it in; use apply, and call recompute where it is used"
         if reason:
             raise self._refusal(module, name, reason, verb="inline")
 
@@ -391,10 +393,8 @@ class Reparametrization(nn.Module):
         return error(f"{self!r} cannot {verb} {name!r} of this {carrier.base_of(module).__name__}: {reason}.")
 
 
-def forward_objection(module: nn.Module) -> str | None:
-    """Why nothing can be inlined in the forward of `module`, and the way out; None if it can."""
-    if type(module).forward is nn.Module.forward:
-        return "the module has no forward to recompute it in; use apply, and call recompute where it is used"
+def replaced_forward(module: nn.Module) -> str | None:
+    """Why nothing can be inlined in a forward that somebody put on the instance, and the way out; None if it is not."""
     if "forward" in vars(module):
         return "its forward was replaced on the instance, which a class cannot see; use apply, and call recompute"
     return None

@@ -19,7 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 
 from . import carrier
-from .reparametrization import Reparametrization, forward_objection
+from .reparametrization import Reparametrization
 from .spectral_norm import SpectralNorm
 from .weight_norm import WeightNorm
 
@@ -69,7 +69,7 @@ def _from_hook(module: nn.Module, hook: Any) -> Found:
         norm, names = SpectralNorm(name, hook.n_power_iterations, hook.eps, hook.dim), ["orig", "u", "v"]
     own: dict[str, Any] = {**module._parameters, **module._buffers}
     parts = {part: own[f"{name}_{part}"] for part in names if f"{name}_{part}" in own}
-    objection = forward_objection(module)
+    objection = None
     if kind not in (WeightNormHook, SpectralNormHook):
         objection = f"its hook is a {kind.__module__}.{kind.__qualname__}, not torch's; remove that hook its own way"
     elif len(parts) < len(names):
@@ -97,7 +97,13 @@ def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
     norm: Reparametrization | None = None
     objection: str | None = None
     last = next(iter(parts.values()))
-    if type(applied[0]) is _NORMS[0] and len(applied) == 1:
+    if (
+        len(applied) == 1
+        and isinstance(applied[0], _NORMS)
+        and any(part.startswith("original") for part in applied._buffers)
+    ):
+        objection = "its parts are computed by another tool (prune, say); end that first"
+    elif type(applied[0]) is _NORMS[0] and len(applied) == 1:
         parts = {"g": parts["original0"], "v": parts["original1"]}
         last, norm = parts["v"], WeightNorm(name, None if applied[0].dim == -1 else applied[0].dim)
     elif type(applied[0]) is _NORMS[1] and len(applied) == 1:
@@ -110,8 +116,11 @@ def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
             f"it is parametrized by {kinds}, which is more than torch's norm; end the rest first, with "
             f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
         )
-    if norm:
-        objection = forward_objection(module)
+    others = [other for other, list_ in module.parametrizations.items() if not isinstance(list_[0], _NORMS)]  # type: ignore[union-attr, operator]
+    if norm and others and carrier.recipes_of(module):
+        objection = (
+            f"the module carries a norm of ours, and {others[0]!r} is parametrized otherwise; end one of them first"
+        )
     kind = norm.kind if norm else kinds
     return Found(name, "parametrization", norm, kind, parts, tuple(last.shape), False, objection)
 
@@ -132,7 +141,10 @@ def become_ours(module: nn.Module, found: list[Found]) -> None:
 
 def class_of(module: nn.Module) -> type:
     """The class that `module` was written as."""
-    return parametrize.type_before_parametrizations(module)
+    ours = [cls for cls in type(module).__mro__ if "_normed_base" in vars(cls) or cls is carrier.Carrier]
+    parametrized = parametrize.is_parametrized(module)
+    names = (cls for cls in type(module).__mro__ if cls not in ours)
+    return next(cls for cls in names if not (parametrized and cls.__name__.startswith("Parametrized")))
 
 
 def touched(module: nn.Module) -> list[nn.Module]:

@@ -191,7 +191,7 @@ def detect_stale(model: nn.Module | None = None) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if watch.used_up and "Trying to backward through the graph a second time" in str(error):
-            raise StaleWeightError("\n\n".join(dict.fromkeys(watch.used_up))) from error
+            raise StaleWeightError("\n\n".join(watch.used_up)) from error
         raise
     finally:
         _watching.set(tuple(other for other in _watching.get() if other is not watch))
@@ -207,7 +207,7 @@ class _Watch:
     model: nn.Module | None
     copies: dict[tuple[int, str], tuple["weakref.ref[Stored]", list[Tensor | None]]] = attrs.field(factory=dict)
     """By module and weight: a stored weight, and the parts as they were when it was first read here."""
-    used_up: list[str] = attrs.field(factory=list)
+    used_up: dict[str, None] = attrs.field(factory=dict)
     """What to say if a backward fails: on each weight that was read again after a backward through it."""
 
     def has_changed(self, module: nn.Module, recipe: Recipe, stored: Stored) -> bool:
@@ -240,7 +240,7 @@ def _on_read(module: nn.Module, recipe: Recipe) -> None:
     if any(has_changed) or stored.is_stale():
         raise StaleWeightError(_on_stale(module, recipe, models))
     if torch.is_grad_enabled() and _is_used_up(stored.value.grad_fn):
-        watches[0].used_up.append(_on_used_up(module, recipe, models))
+        watches[0].used_up[_on_used_up(module, recipe, models)] = None
 
 
 def _is_torchscript_looking() -> bool:

@@ -103,7 +103,7 @@ def methods(base: type[nn.Module], recipes: "tuple[Recipe, ...]", recompute: Cal
         )
         source = "def _update_flat_weights(self) -> None:\n" + indent(before, "    ")
         made["_update_flat_weights"] = _define(source, "_update_flat_weights", base, scope)
-    elif inlined:
+    elif inlined and base.forward is not nn.Module.forward:
         made["_forward_of_base"] = _renamed(base.forward, "_forward_of_base")
         made["forward"] = _wrapped_forward(base, _RECOMPUTE_INLINED, "_run_inlined")
     return made
