@@ -2,12 +2,14 @@
 
 from . import functional
 from .model import apply_all, cached, convert, fold, normed, recompute_all, report
+from .reparametrization import Reparametrization
 from .spectral_norm import SpectralNorm
 from .teaching import data_dependent_init, detect_stale, steps
 from .torchscript import script
 from .weight_norm import WeightNorm
 
 __all__ = [
+    "Reparametrization",
     "SpectralNorm",
     "WeightNorm",
     "apply_all",

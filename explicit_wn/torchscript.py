@@ -94,7 +94,6 @@ def methods(base: type[nn.Module], recipes: "tuple[Recipe, ...]", recompute: Cal
     is_rnn, inlined = issubclass(base, nn.RNNBase), any(recipe.inlined for recipe in recipes)
     exported = _define(_recompute_source(recipes, scope, is_rnn), "_recompute_normed", base, scope)
     made["_recompute_normed"] = torch.jit.export(exported)
-    made["_compiled_before_forward"] = property(_define(_GETTER, "_compiled_before_forward", base, scope))
     if is_rnn:  # the first thing that the forward of an RNN calls; that forward itself is overloaded and stays as it is
         before = (
             _RECOMPUTE_INLINED
@@ -123,16 +122,6 @@ def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[s
         declared["_flat_weights"] = torch.jit.Attribute(None, list[torch.Tensor])
     declared["_was_told_to_recompute"] = torch.jit.Attribute(False, bool)
     return declared
-
-
-# TorchScript compiles properties before methods: without this one, `self.wn.recompute(self)` in a `forward` would meet
-# `_recompute_normed` before it is compiled, and TorchScript could not tell that `self` fits the interface.
-_GETTER = """\
-def _compiled_before_forward(self) -> bool:
-    if torch.jit.is_scripting():
-        self._recompute_normed("")
-    return True
-"""
 
 
 def _recompute_source(recipes: "tuple[Recipe, ...]", scope: dict[str, Any], is_rnn: bool) -> str:
