@@ -22,6 +22,11 @@ class Table:
 
     def _repr_html_(self) -> str:
         head, *body = [[html.escape(cell) for cell in row] for row in self.cells()]
-        titles = "".join(f"<th>{title}</th>" for title in head)
-        rows = ["".join(f"<td><pre>{c}</pre></td>" if "\n" in c else f"<td>{c}</td>" for c in row) for row in body]
+        left = ' style="text-align: left"'
+        titles = "".join(f"<th{left}>{title}</th>" for title in head)
+        rows = ["".join(f"<td{left}>{_preformatted(c)}</td>" for c in row) for row in body]
         return f"<table><tr>{titles}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+
+def _preformatted(cell: str) -> str:
+    return f"<pre>{cell}</pre>" if "\n" in cell else cell
