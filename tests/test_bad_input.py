@@ -1,0 +1,578 @@
+"""What is refused: every error says what is wrong with what, and the way out, and leaves the module as it was."""
+
+import functools
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import explicit_wn
+from explicit_wn import SpectralNorm, WeightNorm
+
+
+class State(NamedTuple):
+    """All that a refused call must leave alone."""
+
+    cls: type
+    attributes: list[str]
+    names: list[list[str]]
+    identities: list[list[int]]
+    values: list[Tensor]
+    hooks: list[int]
+
+
+def state_of(module: nn.Module) -> State:
+    own = module._parameters, module._buffers, module._modules
+    tensors = [value for values in own[:2] for value in values.values() if has_values(value)]
+    hooks = [len(value) for name, value in vars(module).items() if name.endswith("_hooks")]
+    return State(
+        type(module),
+        list(vars(module)),
+        [list(values) for values in own],
+        [[id(value) for value in values.values()] for values in own],
+        [tensor.detach().clone() for tensor in tensors],
+        hooks,
+    )
+
+
+def has_values(tensor: Tensor | None) -> bool:
+    return tensor is not None and not isinstance(tensor, nn.parameter.UninitializedParameter)
+
+
+def assert_same(after: State, before: State) -> None:
+    assert after._replace(values=[]) == before._replace(values=[])
+    for one, other in zip(after.values, before.values, strict=True):
+        assert one.layout == other.layout
+        one, other = (one.to_dense(), other.to_dense()) if one.layout is torch.sparse_coo else (one, other)
+        assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def refused(call: Callable[[], Any], module: nn.Module, *says: str, error: type[Exception] = ValueError) -> str:
+    """Checks that `call` raises, says all of `says` and leaves `module` as it was; returns the message."""
+    before = state_of(module)
+    with pytest.raises(error) as raised:
+        call()
+    assert_same(state_of(module), before)
+    assert type(raised.value) is error
+    message = str(raised.value)
+    for text in says:
+        assert text in message
+    return message
+
+
+def holding(weight: Any, **others: Any) -> nn.Module:
+    module = Own()
+    module.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+    for name, value in others.items():
+        setattr(module, name, value)
+    return module
+
+
+class Own(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.gain = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.gain
+
+
+def zeros_at(*rows: int, dim: int = 0, size: int = 8) -> nn.Module:
+    weight = torch.ones(size, size)
+    weight.index_fill_(dim, torch.tensor(rows), 0)
+    return holding(weight)
+
+
+class Case(NamedTuple):
+    """A module, a norm and what `apply` is given, and the words that the refusal has."""
+
+    make: Callable[[], nn.Module]
+    norm: WeightNorm
+    options: dict[str, Any]
+    says: tuple[str, ...]
+    error: type[Exception] = ValueError
+
+
+def linear() -> nn.Module:
+    return nn.Linear(3, 2)
+
+
+def case(
+    make: Callable[[], nn.Module], *says: str, error: type[Exception] = ValueError, norm: Any = None, **options: Any
+) -> Case:
+    return Case(make, WeightNorm() if norm is None else norm, options, says, error)
+
+
+KEEP_LAST = "dim=1 to keep the last dimension"
+OWN_NAMES = "its parameters are 'weight', 'bias'"
+NAMES: dict[str, Case] = {
+    "unknown": case(linear, "'wieght'", "no such parameter", OWN_NAMES, name="wieght"),
+    "unknown of the object": case(linear, "'wieght'", OWN_NAMES, norm=WeightNorm("wieght")),
+    "plain attribute": case(linear, "'in_features'", "no such parameter", OWN_NAMES, name="in_features"),
+    "None": case(lambda: nn.Linear(3, 2, bias=False), "'bias'", "is None", "are 'weight'", name="bias"),
+    "buffer": case(lambda: nn.BatchNorm1d(3), "'running_mean'", "buffer", OWN_NAMES, name="running_mean"),
+    "submodule": case(Outer, "'fc'", "submodule", "apply(module.fc)", name="fc"),
+    "dotted": case(Outer, "'fc.weight'", "owns the parameter", "apply(model.fc)", name="fc.weight"),
+    "empty": case(linear, "''", OWN_NAMES, name=""),
+    "number": case(linear, "cannot norm 3", "name is a str", OWN_NAMES, name=3, error=TypeError),
+    "bytes": case(linear, "b'weight'", "name is a str", OWN_NAMES, name=b"weight", error=TypeError),
+    "list": case(linear, "['weight']", "name is a str", OWN_NAMES, name=["weight"], error=TypeError),
+    "None of the object": case(linear, "name is a str", OWN_NAMES, norm=WeightNorm(None), error=TypeError),  # type: ignore[arg-type]
+    "no parameters": case(nn.ReLU, "'weight'", "no such parameter", "are none"),
+}
+DIMS: dict[str, Case] = {
+    "too large": case(linear, "dim=2", "2 dimensions", "from 0 to 1, or None", dim=2),
+    "too small": case(linear, "dim=-3", "2 dimensions", "from 0 to 1, or None", dim=-3),
+    "too large for a bias": case(linear, "'bias'", "dim=1", "from 0 to 0, or None", name="bias", dim=1),
+    "-1": case(linear, "dim=-1", "whole tensor", "dim=None", KEEP_LAST, dim=-1),
+    "-1 of the object": case(linear, "dim=-1", "whole tensor", "dim=None", KEEP_LAST, norm=WeightNorm(dim=-1)),
+    "True": case(linear, "not True", 'an int, "out" or None', dim=True, error=TypeError),
+    "False": case(linear, "not False", 'an int, "out" or None', norm=WeightNorm(dim=False), error=TypeError),
+    "float": case(linear, "not 0.0", 'an int, "out" or None', dim=0.0, error=TypeError),
+    "str": case(linear, "not 'in'", 'an int, "out" or None', dim="in", error=TypeError),
+    "empty str": case(linear, "not ''", 'an int, "out" or None', dim="", error=TypeError),
+    "tuple": case(linear, "not (0,)", 'an int, "out" or None', dim=(0,), error=TypeError),
+    "tensor": case(linear, "not tensor(0)", 'an int, "out" or None', dim=torch.tensor(0), error=TypeError),
+}
+WEIGHTS: dict[str, Case] = {
+    "lazy": case(lambda: nn.LazyLinear(2), "LazyLinear", "not initialized yet", "run one batch"),
+    "lazy bias": case(lambda: nn.LazyConv1d(2, 3), "LazyConv1d", "'bias'", "run one batch", name="bias"),
+    "integer": case(lambda: holding(torch.ones(2, 3, dtype=torch.int64)), "torch.int64", "float32"),
+    "quantized like": case(lambda: holding(torch.ones(2, 3, dtype=torch.int8)), "torch.int8", "float32"),
+    "bool": case(lambda: holding(torch.ones(2, 3, dtype=torch.bool)), "torch.bool", "float32"),
+    "complex": case(lambda: holding(torch.ones(2, 3, dtype=torch.complex64)), "torch.complex64", "float32"),
+    "float8": case(lambda: holding(torch.ones(2, 3).to(torch.float8_e4m3fn)), "torch.float8_e4m3fn", "float32"),
+    "sparse": case(lambda: holding(torch.ones(2, 3).to_sparse()), "sparse", "dense"),
+    "scalar": case(lambda: holding(torch.tensor(2.0)), "scalar", "leave it"),
+    "one zero slice": case(lambda: zeros_at(3), "dim 0", "slices 3 are", "NaN", "eps"),
+    "some zero slices": case(lambda: zeros_at(1, 4, dim=1), "dim 1", "slices 1, 4 are", "NaN", "eps", dim=1),
+    "many zero slices": case(lambda: zeros_at(*range(7)), "slices 0, 1, 2, 3, 4 and 2 more are", "eps"),
+    "all zero": case(lambda: zeros_at(*range(8)), "all of it is zero", "eps", norm=WeightNorm(dim=None)),
+    "zero bias": case(lambda: zero_bias(), "'bias'", "slices 1 are", "eps", name="bias"),
+}
+EPS: dict[str, Case] = {
+    str(eps): case(linear, f"eps={eps!r}", f"a number from 0 up, not {eps!r}", norm=WeightNorm(eps=eps))
+    for eps in (-1.0, -1e-12, float("nan"), float("inf"), True, "1e-6", None)
+}
+
+
+def zero_bias() -> nn.Module:
+    module = nn.Linear(3, 2)
+    with torch.no_grad():
+        module.bias[1] = 0
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def hooked(name: str = "weight") -> nn.Module:
+    module: nn.Module = torch.nn.utils.weight_norm(nn.Linear(3, 2), name)
+    return module
+
+
+class WithAProperty(nn.Linear):
+    @property
+    def weight_v(self) -> int:
+        return 1
+
+
+ELSEWHERE: dict[str, Case] = {
+    "ours": case(lambda: WeightNorm(dim=1).apply(nn.Linear(3, 2)), "already", "WeightNorm('weight', dim=1)", "remove"),
+    "ours inlined": case(lambda: WeightNorm().inline(nn.Linear(3, 2)), "already", "remove(module)"),
+    "ours spectral": case(lambda: SpectralNorm().apply(nn.Linear(3, 2)), "already", "SpectralNorm('weight'", "remove"),
+    "hook": case(hooked, "hook norms it already", "explicit_wn.convert(model)", "fold(model)"),
+    "spectral hook": case(lambda: torch.nn.utils.spectral_norm(nn.Linear(3, 2)), "hook norms it", "convert(model)"),
+    "parametrization": case(lambda: parametrizations.weight_norm(nn.Linear(3, 2)), "parametrized", "remove_param"),
+    "spectral parametrization": case(lambda: parametrizations.spectral_norm(nn.Linear(3, 2)), "remove_param"),
+    "orthogonal": case(lambda: parametrizations.orthogonal(nn.Linear(3, 2)), "parametrized", "remove_param"),
+    "pruned": case(lambda: prune.l1_unstructured(nn.Linear(3, 2), "weight", 0.5), "'weight_orig'"),
+    "part taken by a parameter": case(lambda: holding(torch.ones(2, 2), weight_v=nn.Parameter(torch.ones(1))), "_v'"),
+    "part taken by an attribute": case(lambda: holding(torch.ones(2, 2), weight_g=1), "attribute 'weight_g' already"),
+    "part taken by a submodule": case(lambda: holding(torch.ones(2, 2), weight_g=nn.ReLU()), "'weight_g' already"),
+    "part taken by the class": case(lambda: WithAProperty(3, 2), "attribute 'weight_v' already", "rename"),
+    "another already normed": case(lambda: normed_bias(), "'wieght'", "no such parameter", name="wieght"),
+    "another already normed, bad dim": case(lambda: normed_bias(), "dim=-1", "dim=None", dim=-1),
+    "class changed since": case(lambda: parametrized_since(), "changed to ParametrizedLinear", "undo that first"),
+}
+
+
+def normed_bias() -> nn.Module:
+    module: nn.Module = WeightNorm("bias").inline(nn.Linear(3, 2))
+    return module
+
+
+def parametrized_since() -> nn.Module:
+    module = normed_bias()
+    parametrize.register_parametrization(module, "bias_v", nn.Identity())
+    return module
+
+
+CASES = {f"{kind}: {key}": value for kind, group in
+         {"name": NAMES, "dim": DIMS, "weight": WEIGHTS, "eps": EPS, "elsewhere": ELSEWHERE}.items()
+         for key, value in group.items()}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning", "ignore:Lazy modules")
+@pytest.mark.parametrize("verb", ["apply", "inline"])
+@pytest.mark.parametrize("bad", CASES.values(), ids=CASES)
+def test_a_refused_apply_says_why_and_changes_nothing(bad: Case, verb: str) -> None:
+    module = bad.make()
+    shown = repr(bad.norm)
+    name = bad.options.get("name", bad.norm.name)
+    says = (shown, f"cannot norm {name!r} of this", *bad.says)
+    message = refused(lambda: getattr(bad.norm, verb)(module, **bad.options), module, *says, error=bad.error)
+    cls = "Linear" if "Linear" in type(module).__name__ and "Lazy" not in message else type(module).__name__
+    assert f"{cls}:" in message
+    assert repr(bad.norm) == shown
+
+
+@pytest.mark.parametrize("name", ["a b", "1st", "class", "None", "lambda", "weight\nimport os", "it's"])
+def test_a_name_that_is_no_identifier_is_refused(name: str) -> None:
+    module = Own()
+    module.register_parameter(name, nn.Parameter(torch.ones(2, 3)))
+    refused(lambda: WeightNorm(name).apply(module), module, "of this Own:", repr(name), "identifier", "register it")
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(2, 3), object(), "weight", None, 3, [nn.Linear(3, 2)], nn.Linear], ids=str
+)
+@pytest.mark.parametrize("verb", ["apply", "inline", "recompute", "call", "__call__", "remove", "compute_weight"])
+def test_what_is_no_module_is_refused(verb: str, value: Any) -> None:
+    kind = "the class Linear" if value is nn.Linear else f"a {type(value).__name__}"
+    with pytest.raises(TypeError) as raised:
+        getattr(WeightNorm(), verb)(value)
+    for text in ("WeightNorm('weight', dim=0)", "'weight'", kind, "nn.Module"):
+        assert text in str(raised.value)
+
+
+def test_a_scripted_module_is_refused() -> None:
+    scripted = torch.jit.script(nn.Linear(3, 2))
+    for verb in ("apply", "inline", "recompute", "remove", "compute_weight"):
+        with pytest.raises(TypeError, match=r"'weight' of a RecursiveScriptModule: .*eager"):
+            getattr(WeightNorm(), verb)(scripted)
+
+
+VERBS: dict[str, Callable[[WeightNorm, nn.Module], Any]] = {
+    "recompute": lambda wn, module: wn.recompute(module),
+    "call": lambda wn, module: wn.call(module),
+    "__call__": lambda wn, module: wn(module),
+    "remove": lambda wn, module: wn.remove(module),
+    "remove by name": lambda wn, module: wn.remove(module, "weight"),
+    "compute_weight": lambda wn, module: wn.compute_weight(module),
+    "compute_weight by name": lambda wn, module: wn.compute_weight(module, "weight"),
+    "assign": lambda wn, module: wn.assign(module, torch.ones(2, 3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "carries"),
+    [
+        (linear, "no norm"),
+        (hooked, "no norm"),
+        (lambda: parametrizations.weight_norm(nn.Linear(3, 2)), "no norm"),
+        (normed_bias, "WeightNorm('bias', dim=0)"),
+        (lambda: SpectralNorm().apply(nn.Linear(3, 2)), "SpectralNorm('weight'"),
+    ],
+    ids=["plain", "hook", "parametrization", "another name", "another norm"],
+)
+@pytest.mark.parametrize("act", VERBS.values(), ids=VERBS)
+def test_verbs_on_what_is_not_normed_say_what_it_carries(
+    act: Callable[[WeightNorm, nn.Module], Any], make: Callable[[], nn.Module], carries: str
+) -> None:
+    module, wn = make(), WeightNorm()
+    says = (repr(wn), "'weight' of this", "Linear:", "WeightNorm.apply(module) was not called", carries)
+    refused(lambda: act(wn, module), module, *says)
+
+
+@pytest.mark.parametrize("verb", ["remove", "compute_weight"])
+def test_a_name_that_is_not_normed_is_refused_on_a_normed_module(verb: str) -> None:
+    wn = WeightNorm()
+    module = wn.apply(nn.Linear(3, 2))
+    refused(lambda: getattr(wn, verb)(module, "bias"), module, "'bias' of this Linear", "carries WeightNorm('weight'")
+
+
+def test_an_object_applied_to_several_names_asks_which() -> None:
+    wn, module = WeightNorm("weight_ih_l0"), nn.LSTM(2, 3)
+    wn.apply(module, name="weight_hh_l0")
+    wn.apply(module, name="bias_hh_l0")
+    refused(lambda: wn.compute_weight(module), module, "this LSTM", "'weight_hh_l0', 'bias_hh_l0'", "name=")
+
+
+def test_compute_weight_refuses_another_dim_than_the_recorded() -> None:
+    wn = WeightNorm()
+    module = wn.apply(nn.Linear(3, 2))
+    refused(lambda: wn.compute_weight(module, dim=1), module, "this Linear", "dim=1", "dim=0", "remove")
+    refused(lambda: wn.compute_weight(module, dim=-1), module, "dim=-1", "dim=None")
+    refused(lambda: wn.compute_weight(module, dim=True), module, "this Linear", "not True", error=TypeError)
+
+
+@pytest.mark.parametrize(
+    ("weight", "says"),
+    [
+        (torch.ones(3, 2), "shape (2, 3) is wanted, not the shape (3, 2)"),
+        (torch.ones(()), "shape (2, 3) is wanted, not the shape ()"),
+        ([[1.0] * 3] * 2, "not a list"),
+        (torch.tensor([[1.0] * 3, [0.0] * 3]), "slices 1 are zero"),
+        (torch.ones(2, 3, dtype=torch.int64), "torch.int64"),
+        (torch.ones(2, 3, dtype=torch.complex64), "torch.complex64"),
+        (torch.ones(2, 3, device="meta"), "meta"),
+    ],
+    ids=str,
+)
+def test_assign_refuses_what_cannot_be_the_weight(weight: Any, says: str) -> None:
+    wn = WeightNorm()
+    module = wn.apply(nn.Linear(3, 2))
+    refused(lambda: wn.assign(module, weight), module, "cannot assign 'weight' of this Linear:", says)
+
+
+@pytest.mark.parametrize("verb", ["remove", "assign"])
+@pytest.mark.parametrize("tool", ["parametrize", "prune", "parametrize another"])
+def test_parts_that_another_tool_holds_are_not_written(verb: str, tool: str) -> None:
+    wn = WeightNorm()
+    module = wn.apply(nn.Linear(3, 2))
+    if tool == "prune":
+        prune.l1_unstructured(module, "weight_v", 0.5)
+    else:
+        parametrize.register_parametrization(module, "bias" if "another" in tool else "weight_v", nn.Identity())
+    arguments = (module, torch.ones(2, 3)) if verb == "assign" else (module,)
+    says = "changed to ParametrizedLinear" if "another" in tool else "'weight_v' is computed by another tool"
+    refused(lambda: getattr(wn, verb)(*arguments), module, f"cannot {verb} 'weight' of this", says, "first")
+
+
+def test_inline_refuses_a_module_without_a_forward() -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.ones(2, 3))
+    refused(lambda: WeightNorm().inline(module), module, "inline 'weight' of this Module", "no forward", "use apply")
+
+
+def test_inline_refuses_a_forward_replaced_on_the_instance() -> None:
+    module = nn.Linear(3, 2)
+    module.forward = lambda x: x  # type: ignore[method-assign]
+    refused(lambda: WeightNorm().inline(module), module, "inline 'weight' of this Linear", "replaced", "use apply")
+
+
+class Registered(nn.Linear):
+    def __init_subclass__(cls, *, tag: str) -> None:
+        super().__init_subclass__()
+
+
+@pytest.mark.parametrize("verb", ["apply", "inline"])
+def test_a_class_that_cannot_be_derived_from_leaves_the_module_as_it_was(verb: str) -> None:
+    module = Registered(3, 2)
+    refused(lambda: getattr(WeightNorm(), verb)(module), module, "tag", error=TypeError)
+
+
+def test_the_attributes_of_a_module_survive_a_failed_call_even_if_they_cannot_be_refilled() -> None:
+    class Frozen(dict[str, int]):
+        def update(self, *others: Any, **more: Any) -> None:
+            raise TypeError("frozen")
+
+    module = Registered(3, 2)
+    module.config = Frozen(channels=3)
+    with pytest.raises(TypeError, match="tag"):
+        WeightNorm().apply(module)
+    assert module.config == {"channels": 3}
+
+
+# Ctrl-C
+
+HERE = str(Path(inspect.getfile(explicit_wn)).parent)
+
+
+def lines_run(act: Callable[[], Any], interrupt_before: int | None = None) -> list[tuple[str, int]]:
+    """Runs `act` and returns the lines of the package that it ran, ending it with Ctrl-C before one of them."""
+    lines: list[tuple[str, int]] = []
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        source = frame.f_code.co_filename
+        if not source.startswith((HERE, "<explicit_wn")):
+            return None
+        if event == "line":
+            if len(lines) == interrupt_before:
+                raise KeyboardInterrupt
+            lines.append((source, frame.f_lineno))
+        return trace
+
+    tracer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        assert interrupt_before is not None
+    finally:
+        sys.settrace(tracer)
+        torch.set_grad_enabled(True)  # Python delivers no Ctrl-C between the body and the end of a `with`; this does
+    return lines
+
+
+def first_and_last_visits(lines: list[tuple[str, int]]) -> list[int]:
+    last = {line: index for index, line in enumerate(lines)}
+    first = {line: index for index, line in reversed(list(enumerate(lines)))}
+    return sorted({*first.values(), *last.values()})
+
+
+def own_lstm() -> nn.Module:
+    class Fresh(nn.LSTM):  # a class of its own each time, so that its generated class is made each time
+        pass
+
+    return Fresh(3, 2)
+
+
+def own_linear() -> nn.Module:
+    class Fresh(nn.Linear):
+        pass
+
+    return Fresh(3, 2)
+
+
+def normed(make: Callable[[], nn.Module], *names: str, verb: str = "apply") -> nn.Module:
+    module, wn = make(), WeightNorm(names[0])
+    for name in names:
+        getattr(wn, verb)(module, name=name)
+    with torch.no_grad():
+        for name in names:
+            getattr(module, f"{name}_g").mul_(2)
+    return module
+
+
+INTERRUPTED: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
+    "apply": (own_linear, lambda module: WeightNorm().apply(module)),
+    "apply with eps to a dim": (own_linear, lambda module: WeightNorm(dim=1, eps=1e-6).apply(module)),
+    "apply to a second name": (lambda: normed(own_linear, "bias"), lambda module: WeightNorm().apply(module)),
+    "apply to an LSTM": (own_lstm, lambda module: WeightNorm("weight_hh_l0").apply(module)),
+    "inline": (own_linear, lambda module: WeightNorm().inline(module)),
+    "remove": (lambda: normed(own_linear, "weight"), lambda module: WeightNorm().remove(module)),
+    "remove an inlined one": (lambda: normed(own_linear, "weight", verb="inline"), lambda m: WeightNorm().remove(m)),
+    "remove one of two": (lambda: normed(own_linear, "weight", "bias"), lambda m: WeightNorm("bias").remove(m)),
+    "remove two": (lambda: normed(own_linear, "weight", "bias"), lambda m: WeightNorm().remove(m)),
+    "remove from an LSTM": (lambda: normed(own_lstm, "weight_hh_l0"), lambda m: WeightNorm("weight_hh_l0").remove(m)),
+    "assign": (lambda: normed(own_linear, "weight"), lambda m: WeightNorm().assign(m, torch.ones(2, 3))),
+}
+
+
+def assert_alike(module: nn.Module, other: nn.Module) -> None:
+    """Checks that two modules that went the same way look the same."""
+    ours, theirs = state_of(module), state_of(other)
+    assert ours.cls.__qualname__ == theirs.cls.__qualname__
+    assert len(ours.cls.__mro__) == len(theirs.cls.__mro__)
+    assert (ours.attributes, ours.names, ours.hooks) == (theirs.attributes, theirs.names, theirs.hooks)
+    torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=0)
+    torch.testing.assert_close(module(torch.ones(4, 3)), other(torch.ones(4, 3)))
+
+
+def is_same(after: State, before: State) -> bool:
+    try:
+        assert_same(after, before)
+    except AssertionError:
+        return False
+    return True
+
+
+def make_alike(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's kernel for a small weight takes a hundred times longer on busy cores with two
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("make", "act"), INTERRUPTED.values(), ids=INTERRUPTED)
+def test_ctrl_c_anywhere_leaves_the_module_before_or_after(
+    make: Callable[[], nn.Module], act: Callable[[nn.Module], Any]
+) -> None:
+    done = make_alike(make)
+    act(done)
+    undone = ended = 0
+    for index in first_and_last_visits(lines_run(functools.partial(act, make_alike(make)))):
+        module = make_alike(make)
+        before = state_of(module)
+        lines_run(functools.partial(act, module), interrupt_before=index)
+        if is_same(state_of(module), before):
+            undone += 1
+            act(module)  # nothing is left behind that stands in its way
+        else:
+            ended += 1
+        assert_alike(module, done)
+    assert undone > 30
+    assert ended >= 1
+
+
+# fully_shard
+
+SHARDED = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from explicit_wn import WeightNorm
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wn = WeightNorm()
+        self.fc = self.wn.apply(nn.Linear(3, 2))
+
+    def forward(self, x):
+        self.wn.recompute(self.fc)
+        return self.fc(x)
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+x = torch.randn(4, 3)
+
+net = Net()
+fully_shard(net.fc, mesh=mesh)
+try:
+    net(x)
+except RuntimeError as error:
+    print("REFUSED", error)
+
+net = Net()  # the ways out that the error names
+g, v, bias = (p.detach().clone() for p in (net.fc.weight_g, net.fc.weight_v, net.fc.bias))
+fully_shard(net, mesh=mesh)
+expected = nn.functional.linear(x, g * v / v.square().sum(1, keepdim=True).sqrt(), bias)
+torch.testing.assert_close(net(x), expected)
+
+layer = WeightNorm().inline(nn.Linear(3, 2))
+g, v, bias = (p.detach().clone() for p in (layer.weight_g, layer.weight_v, layer.bias))
+fully_shard(layer, mesh=mesh)
+expected = nn.functional.linear(x, g * v / v.square().sum(1, keepdim=True).sqrt(), bias)
+torch.testing.assert_close(layer(x), expected)
+print("WAYS OUT HOLD")
+dist.destroy_process_group()
+"""
+
+
+def test_fully_shard_on_the_layer_alone_says_what_to_do() -> None:
+    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    refusal, ways_out = done.stdout.splitlines()
+    for text in (
+        "WeightNorm('weight', dim=0)",
+        "'weight' of this Linear",
+        "fully_shard",
+        "whose forward calls",
+        "inline",
+    ):
+        assert text in refusal
+    assert ways_out == "WAYS OUT HOLD"

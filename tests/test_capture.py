@@ -1,0 +1,337 @@
+"""Graph capture: one computation per trace, and pins of how Dynamo, functorch and the tracers behave that we build on.
+
+A pin that fails tells that torch has changed, and its docstring what to do then.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+
+from explicit_wn import WeightNorm, capture, carrier
+from explicit_wn.functional import weight_norm
+
+
+class Net(nn.Module):
+    """Reads its weight `reads` times after each recompute."""
+
+    def __init__(self, reads: int = 3, recomputes: int = 1) -> None:
+        super().__init__()
+        self.wn = WeightNorm()
+        self.fc = self.wn.apply(nn.Linear(3, 2))
+        self.reads, self.recomputes = reads, recomputes
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = torch.zeros(2)
+        for _ in range(self.recomputes):
+            self.wn.recompute(self.fc)
+            for _ in range(self.reads):
+                result = result + nn.functional.linear(x, self.fc.weight, self.fc.bias)
+        return result
+
+
+def by_hand(module: Any) -> Tensor:
+    """g · v / ‖v‖, from the parts as they are now."""
+    return module.weight_g * module.weight_v / module.weight_v.square().sum(1, keepdim=True).sqrt()
+
+
+def expected(model: Net, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, by_hand(model.fc), model.fc.bias) * model.reads * model.recomputes
+
+
+def change_parts(module: Any) -> None:
+    """Makes the stored weight stale."""
+    with torch.no_grad():
+        module.weight_g.mul_(2)
+        module.weight_v.add_(0.5)
+
+
+def computations(graph: torch.fx.Graph) -> int:
+    """How often the weight is computed in `graph`."""
+    return sum("_weight_norm" in str(node.target) for node in graph.nodes)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs_of(model: nn.Module, x: Tensor) -> tuple[list[torch.fx.GraphModule], Tensor]:
+    """The graphs that a backend is given for `model`, and its output."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    return graphs, torch.compile(model, backend=backend, fullgraph=True)(x)
+
+
+# What is captured
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("reads", "recomputes"), [(1, 1), (5, 1), (2, 3)])
+def test_however_many_reads_an_exported_graph_computes_once(strict: bool, reads: int, recomputes: int) -> None:
+    model, x = Net(reads, recomputes), torch.randn(4, 3)
+    stored = model.fc.weight
+    change_parts(model.fc)
+    exported = torch.export.export(model, (x,), strict=strict)
+    assert computations(exported.graph) == 1
+    torch.testing.assert_close(exported.module()(x), expected(model, x))
+    assert model.fc.weight is stored
+
+
+def test_nothing_is_stored_while_a_graph_is_captured() -> None:
+    model, x = Net(), torch.randn(4, 3)
+    stored = model.fc.weight
+    change_parts(model.fc)
+    graphs, result = graphs_of(model, x)
+    torch.testing.assert_close(result, expected(model, x))
+    assert len(graphs) == 1
+    assert model.fc.weight is stored
+    outputs = next(node for node in graphs[0].graph.nodes if node.op == "output").args[0]
+    assert len(outputs) == 1
+
+
+def test_a_part_changed_between_two_recomputes_is_read_anew() -> None:
+    class Rescaling(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.wn.recompute(self.fc)
+            first = self.fc(x)
+            with torch.no_grad():
+                self.fc.weight_g.mul_(2)
+            self.wn.recompute(self.fc)
+            return first + self.fc(x)
+
+    model, x = Rescaling().requires_grad_(False), torch.randn(4, 3)
+    bias = model.fc.bias
+    plain = nn.functional.linear(x, by_hand(model.fc), bias)
+    wanted = plain + 2 * (plain - bias) + bias
+    result = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(result, wanted)
+
+
+def test_make_fx_records_the_computation() -> None:
+    model, x = Net(), torch.randn(4, 3)
+    graph = make_fx(lambda x: model(x))(x)
+    change_parts(model.fc)
+    assert computations(graph.graph) == 1
+    torch.testing.assert_close(graph(x), expected(model, x))
+    torch.testing.assert_close(model(x), expected(model, x))
+
+
+def test_symbolic_trace_refuses_a_recompute_that_it_cannot_see() -> None:
+    model = Net()
+    with pytest.raises(RuntimeError) as raised:
+        torch.fx.symbolic_trace(model)
+    for text in ("recompute(Linear)", "'weight'", "inline(layer)", "torch.export"):
+        assert text in str(raised.value)
+    assert type(model.fc.weight) is Tensor
+    x = torch.randn(4, 3)
+    change_parts(model.fc)
+    torch.testing.assert_close(model(x), expected(model, x))
+
+
+def test_symbolic_trace_keeps_an_inlined_layer_fresh() -> None:
+    model, x = nn.Sequential(WeightNorm().inline(nn.Linear(3, 2))), torch.randn(4, 3)
+    traced = torch.fx.symbolic_trace(model)
+    change_parts(model[0])
+    wanted = nn.functional.linear(x, by_hand(model[0]), model[0].bias)
+    torch.testing.assert_close(traced(x), wanted)
+    change_parts(traced.get_submodule("0"))
+    wanted = nn.functional.linear(x, by_hand(model[0]), model[0].bias)
+    torch.testing.assert_close(traced(x), wanted)
+
+
+# once
+
+
+def test_outside_a_trace_it_computes_every_time() -> None:
+    given: dict[str, Any] = {"v": torch.randn(2, 3), "g": torch.rand(2, 1), "dim": 0, "eps": 0.0}
+    formula = capture.once(weight_norm)
+    first, second = formula(**given), formula(**given)
+    assert first is not second
+    torch.testing.assert_close(first, weight_norm(**given), rtol=0, atol=0)
+
+
+def second_is_first(change: Callable[..., None]) -> bool:
+    """Whether the second of two calls in one trace, with `change` between them, is given the tensor of the first."""
+    formula, same = capture.once(weight_norm), []
+
+    def function(v: Tensor, g: Tensor) -> Tensor:
+        first = formula(v=v, g=g, dim=0, eps=0.0)
+        change(v, g)
+        second = formula(v=v, g=g, dim=0, eps=0.0)
+        same.append(first is second)
+        return first + 2 * second
+
+    def given() -> tuple[Tensor, Tensor]:
+        return torch.ones(3, 3).tril(), torch.ones(3, 1)
+
+    graph = make_fx(function)(*given())
+    assert computations(graph.graph) == (1 if same[0] else 2)
+    parts = given()
+    wanted = weight_norm(*parts)
+    change(*parts)
+    torch.testing.assert_close(graph(*given()), wanted + 2 * weight_norm(*parts))
+    return same[0]
+
+
+def test_within_a_trace_the_same_tensor_is_given_again() -> None:
+    assert second_is_first(lambda v, g: None)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_within_a_trace_a_changed_part_makes_a_new_tensor(part: int) -> None:
+    def change(*parts: Tensor) -> None:
+        parts[part][0].add_(2)
+
+    assert not second_is_first(change)
+
+
+def test_two_traces_share_nothing() -> None:
+    formula, seen = capture.once(weight_norm), []
+
+    def function(v: Tensor, g: Tensor) -> Tensor:
+        seen.append(formula(v=v, g=g, dim=0, eps=0.0))
+        return seen[-1] * 1
+
+    given = torch.randn(3, 3), torch.rand(3, 1)
+    graphs = [make_fx(function)(*given).graph for _ in range(2)]
+    assert [computations(graph) for graph in graphs] == [1, 1]
+    assert seen[0] is not seen[1]
+
+
+def test_a_trace_that_is_over_is_let_go() -> None:
+    gc.collect()
+    before = len(capture._traces)
+    make_fx(lambda v, g: capture.once(weight_norm)(v=v, g=g, dim=0, eps=0.0))(torch.ones(3, 3), torch.ones(3, 1))
+    gc.collect()
+    assert len(capture._traces) == before
+
+
+# Pins
+
+
+def test_pin_what_marks_a_function_for_dynamo_as_constant() -> None:
+    """`torch.compiler.assume_constant_result` does just this, and imports Dynamo to do it."""
+
+    def function() -> None:
+        pass
+
+    torch._dynamo.assume_constant_result(function)
+    assert vars(function) == {"_dynamo_marked_constant": True}
+
+
+def test_pin_dynamo_runs_what_is_marked_constant_while_it_traces() -> None:
+    """`announce_to_dynamo` relies on it. If this fails, reads are no longer one node in a compiled graph."""
+    runs = []
+
+    def announce() -> None:
+        runs.append(torch.compiler.is_dynamo_compiling())
+
+    announce._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def function(x: Tensor) -> Tensor:
+        announce()
+        return x + 1
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    x = torch.ones(2)
+    torch.testing.assert_close(compiled(x), x + 1)
+    torch.testing.assert_close(compiled(x), x + 1)
+    assert len(runs) == 1
+
+
+def test_pin_dynamo_leaves_an_allowed_function_in_its_graph_as_it_is() -> None:
+    """So the tracer beneath runs `once` for every read. If this fails, see what Dynamo makes of `allow_in_graph`."""
+    model = Net(reads=3)
+    (recipe,) = carrier.recipes_of(model.fc)
+    graphs, _ = graphs_of(model, torch.randn(4, 3))
+    assert [node.target for node in graphs[0].graph.nodes].count(recipe.formula_once) == 3
+
+
+def test_pin_the_tracer_is_the_same_throughout_a_trace_and_weakly_referable() -> None:
+    """`once` keys what it knows by it. If this fails, `once` needs another thing that lives as long as a trace."""
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        for _ in range(2):
+            mode = get_proxy_mode()
+            assert mode is not None
+            seen.append(weakref.ref(mode.tracer)())
+        return x + 1
+
+    assert get_proxy_mode() is None
+    make_fx(function)(torch.ones(2))
+    assert seen[0] is seen[1]
+    assert seen[0] is not None
+
+
+def test_pin_functorch_tells_its_dead_tensors() -> None:
+    """A stored weight that `grad` left behind is told by it. If it is gone, compare the levels of the transforms."""
+    left = []
+
+    def function(x: Tensor) -> Tensor:
+        left.append(x * 2)
+        assert not torch._C._functorch.is_dead_tensor_wrapper(left[-1])
+        return left[-1].sum()
+
+    torch.func.grad(function)(torch.ones(2))
+    assert torch._C._functorch.is_dead_tensor_wrapper(left[0])
+    assert not torch._C._functorch.is_dead_tensor_wrapper(torch.ones(2))
+    assert not torch._C._functorch.is_dead_tensor_wrapper(nn.Parameter(torch.ones(2)))
+
+
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, torch.func.hessian, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))]
+)
+def test_a_weight_that_functorch_left_behind_is_not_read(transform: Callable[..., Any]) -> None:
+    model, x = Net(reads=1), torch.randn(4, 3)
+    transform(lambda x: model(x).square().sum())(x)
+    assert capture.left_by_functorch(carrier.store_of(model.fc)["weight"].value)
+    assert not capture.left_by_functorch(model.fc.weight)
+    torch.testing.assert_close(model.fc.weight, by_hand(model.fc))
+    torch.autograd.grad(model.fc(x).sum(), model.fc.weight_g)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_pin_export_counts_as_compiling(strict: bool) -> None:
+    """`capturing` relies on it: in export, too, nothing may be stored."""
+
+    class Asking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if capture.capturing() else x
+
+    assert not capture.capturing()
+    exported = torch.export.export(Asking(), (torch.ones(2),), strict=strict)
+    assert exported.module()(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+def test_pin_tracing_with_torch_jit_is_not_compiling() -> None:
+    """There, `recompute` stores as in eager mode, and the tracer records it."""
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(capture.capturing())
+        return x + 1
+
+    torch.jit.trace(function, torch.ones(2))
+    assert not any(seen)
+
+
+def test_the_store_is_empty_of_fake_tensors_after_an_export() -> None:
+    model, x = Net(), torch.randn(4, 3)
+    carrier.store_of(model.fc).clear()
+    torch.export.export(model, (x,))
+    assert type(model.fc.weight) is Tensor
+    torch.testing.assert_close(model(x), expected(model, x))

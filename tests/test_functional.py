@@ -1,0 +1,337 @@
+"""The mathematics: `norm_except_dim` and `weight_norm`, against torch's own functions and against the formulas."""
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from explicit_wn import functional
+from explicit_wn.functional import norm_except_dim, weight_norm
+
+SHAPES = [(7,), (3, 4), (3, 2, 4), (2, 3, 2, 4), (2, 3, 2, 1, 4)]
+SHAPES_AND_DIMS = [(shape, dim) for shape in SHAPES for dim in [*range(-len(shape), len(shape)), None]]
+POWERS: list[float] = [1, 2, 3, 5, 1.0, 2.0, 2.5, 0.5, -1.0, -2, math.inf, -math.inf]
+WHOLE = (None, -1)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape) + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def norm_by_hand(v: Tensor, power: float, dim: int | None) -> Tensor:
+    """The definition, slice by slice."""
+    if dim in WHOLE:
+        return norm_of_rows(v.reshape(1, -1), power).reshape(())
+    assert dim is not None
+    shape = [1] * v.dim()
+    shape[dim] = v.shape[dim]
+    return norm_of_rows(torch.stack([piece.flatten() for piece in v.unbind(dim)]), power).reshape(shape)
+
+
+def norm_of_rows(rows: Tensor, power: float) -> Tensor:
+    if power == math.inf:
+        return rows.abs().max(1).values
+    if power == -math.inf:
+        return rows.abs().min(1).values
+    if power == 0:
+        return (rows != 0).to(rows.dtype).sum(1)
+    return (rows.abs() ** power).sum(1) ** (1 / power)
+
+
+def gradients(result: Tensor, *inputs: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
+    """Of a loss that weighs every element of `result` differently."""
+    weights = torch.linspace(1, 2, result.numel(), dtype=torch.float64).reshape(result.shape).to(result.dtype)
+    return torch.autograd.grad((result * weights).sum(), inputs, create_graph=create_graph)
+
+
+# norm_except_dim
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize(("shape", "dim"), SHAPES_AND_DIMS)
+def test_norm_is_the_formula_of_any_power_over_every_dim_but_one(
+    shape: tuple[int, ...], dim: int | None, power: float
+) -> None:
+    v = random(*shape)
+    norm, expected = norm_except_dim(v, power, dim), norm_by_hand(v, power, dim)
+    torch.testing.assert_close(norm, expected)
+    torch.testing.assert_close(gradients(norm, v), gradients(expected, v))
+
+
+@pytest.mark.parametrize("power", [0, 0.0])
+@pytest.mark.parametrize(("shape", "dim"), SHAPES_AND_DIMS)
+def test_norm_of_power_zero_counts_what_is_not_zero(shape: tuple[int, ...], dim: int | None, power: float) -> None:
+    v = random(*shape).detach()
+    v.view(-1)[::3] = 0
+    torch.testing.assert_close(norm_except_dim(v, power, dim), norm_by_hand(v, 0, dim), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("power", [1, 2, 3])
+@pytest.mark.parametrize(("shape", "dim"), SHAPES_AND_DIMS)
+def test_norm_is_that_of_torch_to_the_last_bit(
+    shape: tuple[int, ...], dim: int | None, power: int, dtype: torch.dtype
+) -> None:
+    v = random(*shape, dtype=dtype)
+    for_torch = -1 if dim in WHOLE else dim % len(shape)  # which knows no other negative dim, nor None
+    norm, expected = norm_except_dim(v, power, dim), torch.norm_except_dim(v, power, for_torch)
+    exact: dict[str, Any] = {} if dim in WHOLE and power != 2 else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(norm, expected, **exact)
+    torch.testing.assert_close(gradients(norm, v), gradients(expected, v), **exact)
+
+
+def test_norm_takes_power_2_and_dim_0_by_default() -> None:
+    v = random(3, 4)
+    torch.testing.assert_close(norm_except_dim(v), norm_by_hand(v, 2, 0))
+
+
+@pytest.mark.parametrize("power", [1, 2, 3, 2.5])
+@pytest.mark.parametrize(
+    ("shape", "dim", "expected"),
+    [
+        ((0,), 0, (0,)),
+        ((0, 3), 0, (0, 1)),
+        ((0, 3), 1, (1, 3)),
+        ((3, 0), 0, (3, 1)),
+        ((2, 0, 3), 1, (1, 0, 1)),
+        ((2, 0, 3), 2, (1, 1, 3)),
+        ((2, 0), None, ()),
+        ((2, 0), -1, ()),
+    ],
+)
+def test_norm_of_an_empty_tensor_is_zero_and_keeps_the_dim(
+    shape: tuple[int, ...], dim: int | None, expected: tuple[int, ...], power: float
+) -> None:
+    v = torch.zeros(shape, requires_grad=True)
+    norm = norm_except_dim(v, power, dim)
+    assert norm.shape == expected
+    assert not norm.any()
+    assert gradients(norm, v)[0].shape == shape
+
+
+@pytest.mark.parametrize("power", [1, 2, 3, 2.5, math.inf])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_norm_of_a_slice_of_zeros_has_a_gradient(power: float, dim: int | None) -> None:
+    v = random(3, 4).detach()
+    v[1], v[:, 2] = 0, 0
+    v.requires_grad_()
+    assert gradients(norm_except_dim(v, power, dim), v)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("power", [2, 3, 2.5])
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_norm_passes_gradcheck_and_gradgradcheck(power: float, dim: int | None) -> None:
+    v = random(2, 3, 2)
+    assert torch.autograd.gradcheck(lambda v: norm_except_dim(v, power, dim), v)
+    assert torch.autograd.gradgradcheck(lambda v: norm_except_dim(v, power, dim), v)
+
+
+# weight_norm
+
+
+def magnitude(v: Tensor, dim: int | None) -> Tensor:
+    """A g of the right shape that is not the norm of `v`."""
+    g = norm_by_hand(v.detach().double(), 2, dim) + 1
+    return (g * torch.linspace(1, 2, g.numel(), dtype=g.dtype).reshape(g.shape)).to(v.dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+@pytest.mark.parametrize(("shape", "dim"), SHAPES_AND_DIMS)
+def test_weight_is_g_v_over_the_norm(shape: tuple[int, ...], dim: int | None, eps: float) -> None:
+    v = random(*shape)
+    g = magnitude(v, dim)
+    weight, expected = weight_norm(v, g, dim, eps), g * v / norm_by_hand(v, 2, dim)
+    torch.testing.assert_close(weight, expected)
+    torch.testing.assert_close(gradients(weight, v, g), gradients(expected, v, g))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "dim"), SHAPES_AND_DIMS)
+def test_weight_is_that_of_torch_to_the_last_bit(shape: tuple[int, ...], dim: int | None, dtype: torch.dtype) -> None:
+    v = random(*shape, dtype=dtype)
+    g = magnitude(v, dim)
+    for_torch = -1 if dim in WHOLE else dim % len(shape)
+    weight, expected = weight_norm(v, g, dim), torch._weight_norm(v, g, for_torch)
+    torch.testing.assert_close(weight, expected, rtol=0, atol=0)
+    torch.testing.assert_close(gradients(weight, v, g), gradients(expected, v, g), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_weight_passes_gradcheck(dim: int | None, eps: float) -> None:
+    v = random(2, 3, 2)
+    assert torch.autograd.gradcheck(lambda v, g: weight_norm(v, g, dim, eps), (v, magnitude(v, dim)))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_weight_passes_gradgradcheck(dim: int | None, eps: float) -> None:
+    v = random(2, 3, 2)
+    assert torch.autograd.gradgradcheck(lambda v, g: weight_norm(v, g, dim, eps), (v, magnitude(v, dim)))
+
+
+def penalty_gradient(weight: Tensor, v: Tensor) -> Tensor:
+    """The gradient of a gradient penalty."""
+    (gradient,) = gradients(weight, v, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), v)[0]
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float64, 0.0), (torch.float32, 1e-6), (torch.float64, 1e-6)])
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_a_gradient_penalty_has_the_right_gradient(dim: int | None, dtype: torch.dtype, eps: float) -> None:
+    v = random(2, 3, 2, dtype=dtype)
+    g = magnitude(v, dim).detach()
+    expected = penalty_gradient(g * v / norm_by_hand(v, 2, dim), v)
+    torch.testing.assert_close(penalty_gradient(weight_norm(v, g, dim, eps), v), expected)
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_the_kernel_of_torch_has_a_wrong_second_derivative_in_the_outer_dims(dim: int) -> None:
+    """Its backward takes the norms for constants. If this fails, torch has mended it: use it for float64 too."""
+    v = random(2, 3, 2)
+    g = magnitude(v, dim).detach()
+    expected = penalty_gradient(g * v / norm_by_hand(v, 2, dim), v)
+    got = penalty_gradient(torch._weight_norm(v, g, dim), v)
+    assert (got - expected).abs().max() > 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_eps_is_the_smallest_norm_that_is_divided_by(dim: int | None) -> None:
+    v = torch.tensor([[1.0, 2.0, 0.1], [0.1, 0.2, 0.2], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    g = magnitude(v, dim)
+    eps = 5.0 if dim is None else 0.5  # above the only norm; above some of them
+    divisor = norm_by_hand(v, 2, dim).clone()
+    assert (divisor < eps).any()
+    divisor[divisor < eps] = eps
+    torch.testing.assert_close(weight_norm(v, g, dim, eps), g * v / divisor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_with_eps_a_slice_of_zeros_has_a_weight_and_gradients(dim: int | None, dtype: torch.dtype) -> None:
+    v = torch.zeros(3, 4, dtype=dtype)
+    if dim is not None:
+        v.select(dim, 0).fill_(2)
+    v.requires_grad_()
+    g = torch.ones_like(norm_by_hand(v.detach(), 2, dim), requires_grad=True)
+    weight = weight_norm(v, g, dim, eps=1e-12)
+    by_v, by_g = gradients(weight, v, g)
+    assert weight.isfinite().all()
+    assert by_v.isfinite().all()
+    assert by_g.isfinite().all()
+    zeros = v == 0
+    assert not weight[zeros].any()
+    assert by_v[zeros].all()  # what leads it out of there: g / eps times the gradient of the weight
+
+
+def test_an_eps_that_half_precision_cannot_hold_holds_all_the_same() -> None:
+    v, g = torch.tensor([[0.0, 0.0], [3.0, 4.0]], dtype=torch.float16), torch.ones(2, 1, dtype=torch.float16)
+    weight = weight_norm(v, g, eps=1e-12)
+    assert weight.dtype == torch.float16
+    torch.testing.assert_close(weight, torch.tensor([[0.0, 0.0], [0.6, 0.8]], dtype=torch.float16))
+
+
+@pytest.mark.parametrize(("shape", "dim"), SHAPES_AND_DIMS)
+def test_weight_is_that_of_torch_in_double_precision(shape: tuple[int, ...], dim: int | None) -> None:
+    v = random(*shape)
+    g = magnitude(v, dim)
+    weight, expected = weight_norm(v, g, dim), torch._weight_norm(v, g, -1 if dim in WHOLE else dim % len(shape))
+    torch.testing.assert_close(weight, expected, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(gradients(weight, v, g), gradients(expected, v, g), rtol=1e-13, atol=1e-13)
+
+
+def test_without_eps_a_slice_of_zeros_is_nan_as_in_torch() -> None:
+    v, g = torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.ones(2, 1)
+    weight = weight_norm(v, g)
+    assert weight[0].isnan().all()
+    torch.testing.assert_close(weight[1], torch.tensor([0.6, 0.8]))
+
+
+EMPTY = [((0,), 0), ((0, 3), 0), ((0, 3), 1), ((3, 0), 0), ((3, 0), 1), ((2, 0, 3), 1), ((2, 0, 3), 2), ((2, 0), None)]
+
+
+def check_empty(shape: tuple[int, ...], dim: int | None, eps: float) -> None:
+    v = torch.zeros(shape, requires_grad=True)
+    g = torch.zeros(norm_except_dim(v, 2, dim).shape, requires_grad=True)
+    weight = weight_norm(v, g, dim, eps)
+    assert weight.shape == shape
+    assert [gradient.shape for gradient in gradients(weight, v, g)] == [v.shape, g.shape]
+
+
+@pytest.mark.parametrize(("shape", "dim"), EMPTY)
+def test_with_eps_the_weight_of_an_empty_tensor_is_empty(shape: tuple[int, ...], dim: int | None) -> None:
+    check_empty(shape, dim, eps=1e-12)
+
+
+def test_without_eps_the_weight_of_an_empty_tensor_is_empty() -> None:
+    # in a process of its own: torch's kernel divides by zero for some of these, which ends the process
+    command = (
+        "import runpy; tests = runpy.run_path({!r}); [tests['check_empty'](*case, 0.0) for case in tests['EMPTY']]"
+    )
+    done = subprocess.run([sys.executable, "-c", command.format(__file__)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# TorchScript
+
+
+def norm_with_an_int(v: Tensor) -> Tensor:
+    return functional.norm_except_dim(v, 3, 1)
+
+
+def norm_with_a_float(v: Tensor) -> Tensor:
+    return functional.norm_except_dim(v, 2.5, None)
+
+
+def norm_with_names(v: Tensor) -> Tensor:
+    return functional.norm_except_dim(v, dim=-2)
+
+
+def weight_by_position(v: Tensor, g: Tensor) -> Tensor:
+    return functional.weight_norm(v, g, 1)
+
+
+def weight_with_eps(v: Tensor, g: Tensor) -> Tensor:
+    return functional.weight_norm(v, g, dim=1, eps=100.0)
+
+
+@pytest.mark.parametrize("power", [1, 2, 2.0, 2.5, math.inf, 0.0])
+@pytest.mark.parametrize(("shape", "dim"), [((7,), 0), ((3, 4), 0), ((3, 2, 4), 1), ((3, 4), -2), ((3, 4), None)])
+def test_norm_compiles_with_torchscript(shape: tuple[int, ...], dim: int | None, power: float) -> None:
+    v = random(*shape)
+    norm = torch.jit.script(norm_except_dim)(v, power, dim)
+    torch.testing.assert_close(norm, norm_by_hand(v, power, dim))
+
+
+@pytest.mark.parametrize(
+    ("function", "power", "dim"),
+    [(norm_with_an_int, 3, 1), (norm_with_a_float, 2.5, None), (norm_with_names, 2, 1)],
+)
+def test_norm_is_called_from_a_scripted_function(function: Any, power: float, dim: int | None) -> None:
+    v = random(3, 4, 2)
+    scripted = torch.jit.script(function)
+    torch.testing.assert_close(scripted(v), norm_by_hand(v, power, dim))
+    torch.testing.assert_close(gradients(scripted(v), v), gradients(norm_by_hand(v, power, dim), v))
+
+
+@pytest.mark.parametrize("eps", [0.0, 100.0])
+@pytest.mark.parametrize(("shape", "dim"), [((7,), 0), ((3, 4), 0), ((3, 2, 4), 1), ((3, 4), -2), ((3, 4), None)])
+def test_weight_compiles_with_torchscript(shape: tuple[int, ...], dim: int | None, eps: float) -> None:
+    v = random(*shape)
+    g = magnitude(v, dim)
+    expected = g * v / norm_by_hand(v, 2, dim).clamp(min=eps)
+    torch.testing.assert_close(torch.jit.script(weight_norm)(v, g, dim, eps), expected)
+
+
+@pytest.mark.parametrize(("function", "eps"), [(weight_by_position, 0.0), (weight_with_eps, 100.0)])
+def test_weight_is_called_from_a_scripted_function(function: Any, eps: float) -> None:
+    v = random(3, 4, 2)
+    g = magnitude(v, 1)
+    scripted, expected = torch.jit.script(function)(v, g), g * v / norm_by_hand(v, 2, 1).clamp(min=eps)
+    torch.testing.assert_close(scripted, expected)
+    torch.testing.assert_close(gradients(scripted, v, g), gradients(expected, v, g))

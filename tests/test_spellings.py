@@ -1,0 +1,833 @@
+"""torch's two spellings of a norm: converting them, refusing what cannot be, and loading every checkpoint anywhere."""
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layers import change_parts
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
+from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
+from whole_models import (
+    CONV1D,
+    LAYERS,
+    LINEAR,
+    SPECTRAL_NORMS,
+    WEIGHT_NORMS,
+    Count,
+    Holder,
+    Layer,
+    Picture,
+    anatomy,
+    assert_unchanged,
+    change_values,
+    hook_spectral_norm,
+    hook_weight_norm,
+    hooks_of,
+    interrupted,
+    is_unchanged,
+    normed_weight,
+    parametrized_spectral_norm,
+    parametrized_weight_norm,
+    spectral_weight,
+    torch_hooks_of,
+    train,
+)
+
+from explicit_wn import WeightNorm, convert, fold, normed, report
+
+Norm = Callable[..., nn.Module]
+
+layers = pytest.mark.parametrize("layer", LAYERS, ids=str)
+weight_norms = pytest.mark.parametrize("norm", WEIGHT_NORMS.values(), ids=WEIGHT_NORMS.keys())
+spectral_norms = pytest.mark.parametrize("norm", SPECTRAL_NORMS.values(), ids=SPECTRAL_NORMS.keys())
+BOTH_NORMS = {f"weight_{key}": norm for key, norm in WEIGHT_NORMS.items()}
+BOTH_NORMS |= {f"spectral_{key}": norm for key, norm in SPECTRAL_NORMS.items()}
+both_norms = pytest.mark.parametrize("norm", BOTH_NORMS.values(), ids=BOTH_NORMS.keys())
+
+
+class Double(nn.Module):
+    """A parametrization that is no norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def rows_of(layer: nn.Module) -> int:
+    """The dimension that spectral norm takes as the matrix's rows by default."""
+    return 1 if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) else 0
+
+
+# Same numbers, on the same parameters
+
+
+@layers
+@weight_norms
+def test_a_converted_weight_norm_gives_the_same_and_then_what_its_parts_say(layer: Layer, norm: Norm) -> None:
+    model, original = layer.model(norm), layer.model(norm)
+    parameters = list(model.parameters())
+    assert sorted(convert(model)) == sorted(f"layer.{name}" for name in layer.names)
+    assert {id(p) for p in model.parameters()} == {id(p) for p in parameters}
+    assert len(list(model.parameters())) == len(parameters)
+    torch.testing.assert_close(model(*layer.inputs()), original(*layer.inputs()))
+
+    change_parts(model, seed=1)
+    state = model.state_dict()
+    weights = {name: normed_weight(state, f"layer.{name}", 0) for name in layer.names}
+    torch.testing.assert_close(model(*layer.inputs()).detach(), layer.expected(weights, model))
+
+
+@layers
+@spectral_norms
+def test_a_converted_spectral_norm_gives_the_same_and_then_what_its_parts_say(layer: Layer, norm: Norm) -> None:
+    model, original = layer.model(norm).eval(), layer.model(norm).eval()
+    assert sorted(convert(model)) == sorted(f"layer.{name}" for name in layer.names)
+    torch.testing.assert_close(model(*layer.inputs()), original(*layer.inputs()))
+
+    change_values(model, seed=1)
+    parts = dict(model.layer.named_parameters(recurse=False)) | dict(model.layer.named_buffers(recurse=False))
+    weights = {
+        name: spectral_weight(*(parts[f"{name}_{part}"] for part in ("orig", "u", "v")), rows_of(model.layer)).detach()
+        for name in layer.names
+    }
+    torch.testing.assert_close(model(*layer.inputs()).detach(), layer.expected(weights, model))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -2, -1, None])
+@weight_norms
+def test_every_dim_keeps_its_meaning(norm: Norm, dim: int | None) -> None:
+    model, original = CONV1D.model(norm, dim=dim), CONV1D.model(norm, dim=dim)
+    convert(model)
+    torch.testing.assert_close(model(*CONV1D.inputs()), original(*CONV1D.inputs()))
+    change_parts(model, seed=1)
+    weight = normed_weight(model.state_dict(), "layer.weight", 1 if dim == -2 else dim)
+    torch.testing.assert_close(model(*CONV1D.inputs()).detach(), CONV1D.expected({"weight": weight}, model))
+    ((_, _, found),) = normed(model)
+    assert found.dim == (None if dim == -1 else dim)
+
+
+@pytest.mark.parametrize("layer", [LAYERS[4], LAYERS[5]], ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+@weight_norms
+def test_a_transposed_convolution_keeps_the_dim_it_was_normed_with(layer: Layer, norm: Norm, dim: int) -> None:
+    model = layer.model(norm, dim=dim)
+    convert(model)
+    change_parts(model, seed=1)
+    weight = normed_weight(model.state_dict(), "layer.weight", dim)
+    torch.testing.assert_close(model(*layer.inputs()).detach(), layer.expected({"weight": weight}, model))
+
+
+def is_advanced_by_every_read(layer: Layer, norm: Norm) -> bool:
+    """torch's RNNs read a weight several times per forward, and each read of this parametrization is an iteration."""
+    return norm is parametrized_spectral_norm and layer.kind in ("LSTM", "GRU")
+
+
+PAIRS_TO_TRAIN = [
+    pytest.param(layer, norm, id=f"{kind}-{layer}")
+    for layer in LAYERS
+    for kind, norm in BOTH_NORMS.items()
+    if not is_advanced_by_every_read(layer, norm)
+]
+
+
+@pytest.mark.parametrize(("layer", "norm"), PAIRS_TO_TRAIN)
+def test_a_converted_model_trains_like_its_original(layer: Layer, norm: Norm) -> None:
+    model, original = layer.model(norm), layer.model(norm)
+    parameters, others = list(model.parameters()), list(original.parameters())
+    optimizers = [torch.optim.SGD(values, lr=0.1, momentum=0.9) for values in (parameters, others)]
+    convert(model)  # after the optimizer was made: it holds the same parameters
+    for trained, optimizer in zip((model, original), optimizers, strict=True):
+        train(trained, optimizer, layer.inputs(), steps=5)
+    for parameter, other in zip(parameters, others, strict=True):
+        torch.testing.assert_close(parameter, other)
+    for buffer, other in zip(model.buffers(), original.buffers(), strict=True):  # u and v of spectral norm
+        torch.testing.assert_close(buffer, other)
+    torch.testing.assert_close(model.eval()(*layer.inputs()), original.eval()(*layer.inputs()))
+
+
+@pytest.mark.parametrize(
+    "layer", [layer for layer in LAYERS if is_advanced_by_every_read(layer, parametrized_spectral_norm)], ids=str
+)
+def test_what_every_read_advances_trains_like_its_original_once_u_and_v_are_found(layer: Layer) -> None:
+    model, original = layer.model(parametrized_spectral_norm), layer.model(parametrized_spectral_norm)
+    parameters, others = list(model.parameters()), list(original.parameters())
+    convert(model)
+    for one, values in ((model, parameters), (original, others)):
+        with torch.no_grad():
+            for _ in range(200):
+                one(*layer.inputs())
+        train(one, torch.optim.SGD(values, lr=0.01), layer.inputs())
+    torch.testing.assert_close(parameters, others, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(model.eval()(*layer.inputs()), original.eval()(*layer.inputs()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"n_power_iterations": 3}, {"eps": 1e-3}, {"dim": 1}], ids=str)
+@spectral_norms
+def test_the_settings_of_a_spectral_norm_are_kept(norm: Norm, options: dict[str, Any]) -> None:
+    model, original = CONV1D.model(norm, **options), CONV1D.model(norm, **options)
+    with torch.no_grad():  # so small that eps matters
+        for parameter in (*model.parameters(), *original.parameters()):
+            parameter.mul_(1e-3)
+    convert(model)
+    for _ in range(3):
+        torch.testing.assert_close(model(*CONV1D.inputs()), original(*CONV1D.inputs()))
+    ((_, _, found),) = normed(model)
+    assert {key: getattr(found, key) for key in options} == options
+
+
+@weight_norms
+def test_a_bias_is_converted_too(norm: Norm) -> None:
+    model = Holder(norm(LINEAR.make(), "bias"))
+    original = copy.deepcopy(model) if norm is parametrized_weight_norm else None
+    bias = model.layer.bias.detach().clone()
+    assert convert(model) == ["layer.bias"]
+    torch.testing.assert_close(model.layer.bias.detach(), bias)
+    with torch.no_grad():
+        model.layer.bias_g.mul_(3)
+    torch.testing.assert_close(model(torch.zeros(1, 5)).detach(), 3 * bias[None])
+    assert original is None or torch.equal(original.layer.bias, bias)
+
+
+def test_a_vector_normed_by_the_spectral_parametrization_is_converted() -> None:
+    model = Holder(parametrized_spectral_norm(LINEAR.make(), "bias"))
+    expected = model.layer.bias.detach().clone()
+    assert convert(model) == ["layer.bias"]
+    torch.testing.assert_close(model.layer.bias.detach(), expected)
+    assert list(model.state_dict()) == ["layer.weight", "layer.bias_orig"]
+
+
+def test_a_vector_normed_by_the_spectral_hook_is_converted() -> None:
+    model = Holder(hook_spectral_norm(LINEAR.make(), "bias")).eval()
+    expected = model(*LINEAR.inputs())
+    assert convert(model) == ["layer.bias"]
+    torch.testing.assert_close(model(*LINEAR.inputs()), expected)
+
+
+# What is left behind
+
+
+@layers
+@both_norms
+def test_no_hook_of_any_kind_is_left(layer: Layer, norm: Norm) -> None:
+    model = layer.model(norm)
+    assert hooks_of(model) or norm is parametrized_spectral_norm
+    convert(model)
+    assert hooks_of(model) == []
+    assert not any(isinstance(module, parametrize.ParametrizationList) for module in model.modules())
+    assert not parametrize.is_parametrized(model.layer)
+    assert isinstance(model.layer, type(layer.make()))
+    assert type(model.layer).__name__ == layer.kind
+
+
+@both_norms
+def test_hooks_of_others_stay_in_their_order(norm: Norm) -> None:
+    called: list[str] = []
+    model = nn.Sequential(LINEAR.make())
+    model[0].register_forward_pre_hook(lambda module, inputs: called.append("before the norm"))
+    norm(model[0])
+    model[0].register_forward_pre_hook(lambda module, inputs: called.append("after the norm"))
+    model[0].register_forward_hook(lambda module, inputs, output: called.append("forward"))
+    model[0].register_load_state_dict_pre_hook(lambda *arguments: called.append("load"))
+    model[0].register_state_dict_post_hook(lambda *arguments: called.append("state"))
+    convert(model)
+    model(*LINEAR.inputs())
+    model.load_state_dict(model.state_dict())
+    assert called == ["before the norm", "after the norm", "forward", "state", "load"]
+    assert torch_hooks_of(model) == []
+    fold(model)
+    called.clear()
+    model(*LINEAR.inputs())
+    assert called == ["before the norm", "after the norm", "forward"]
+
+
+@both_norms
+def test_nothing_is_converted_twice(norm: Norm) -> None:
+    model = LINEAR.model(norm)
+    convert(model)
+    before = Picture(model)
+    assert convert(model) == []
+    assert_unchanged(model, before)
+
+
+def test_what_is_ours_already_stays_as_it_is() -> None:
+    model = nn.Sequential(WeightNorm().apply(nn.Linear(4, 3)), parametrized_weight_norm(nn.Linear(3, 2)))
+    before = Picture(model[0])
+    assert convert(model) == ["1.weight"]
+    assert_unchanged(model[0], before)
+
+
+def test_nothing_to_convert_returns_an_empty_list_and_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.LSTM(3, 2), parametrizations.orthogonal(nn.Linear(2, 2)))
+    before = Picture(model)
+    assert convert(model) == []
+    assert_unchanged(model, before)
+
+
+@both_norms
+def test_the_model_itself_may_be_the_layer(norm: Norm) -> None:
+    layer = norm(LINEAR.make()).eval()
+    expected = layer(*LINEAR.inputs())
+    assert convert(layer) == ["weight"]
+    torch.testing.assert_close(layer(*LINEAR.inputs()), expected)
+
+
+@spectral_norms
+def test_u_and_v_are_those_of_the_original_also_in_training_mode(norm: Norm) -> None:
+    model, untouched = LINEAR.model(norm), LINEAR.model(norm)
+    convert(model)
+    for buffer, expected in zip(model.buffers(), untouched.buffers(), strict=True):
+        assert torch.equal(buffer, expected)
+
+
+@pytest.mark.parametrize("verb", [convert, fold])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@both_norms
+def test_a_model_that_was_cast_after_its_last_forward_is_converted(norm: Norm, dtype: torch.dtype, verb: Any) -> None:
+    """torch's hook leaves the weight itself behind, in the old precision."""
+    model, original = LINEAR.model(norm).to(dtype).eval(), LINEAR.model(norm).to(dtype).eval()
+    (x,) = LINEAR.inputs()
+    assert verb(model) == ["layer.weight"]
+    torch.testing.assert_close(model(x.to(dtype)), original(x.to(dtype)))
+
+
+@both_norms
+def test_a_model_on_the_meta_device_is_converted_filled_and_loaded(norm: Norm) -> None:
+    model, original = LINEAR.model(norm).to("meta"), LINEAR.model(norm).eval()
+    assert convert(model) == ["layer.weight"]
+    model.to_empty(device="cpu").eval().load_state_dict(original.state_dict())
+    torch.testing.assert_close(model(*LINEAR.inputs()), original(*LINEAR.inputs()))
+
+
+@both_norms
+def test_a_model_that_is_compiled_already_is_converted(norm: Norm) -> None:
+    model = LINEAR.model(norm).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = compiled(*LINEAR.inputs()).detach()
+    assert convert(model) == ["layer.weight"]
+    torch.testing.assert_close(compiled(*LINEAR.inputs()).detach(), expected)
+    change_values(model, seed=1)
+    torch.testing.assert_close(compiled(*LINEAR.inputs()), model(*LINEAR.inputs()))
+    assert fold(model) == ["layer.weight"]
+    torch.testing.assert_close(compiled(*LINEAR.inputs()), model(*LINEAR.inputs()))
+
+
+# Several on one module
+
+
+@both_norms
+def test_norms_of_both_spellings_on_one_module(norm: Norm) -> None:
+    """The hook first and the parametrization second: the other way round torch itself fails."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(1)
+        return Holder(parametrized_weight_norm(norm(nn.LSTM(3, 4), "weight_ih_l0"), "weight_hh_l0"))
+
+    model, original = build().eval(), build().eval()
+    x = torch.randn(5, 2, 3)
+    assert sorted(convert(model)) == ["layer.weight_hh_l0", "layer.weight_ih_l0"]
+    torch.testing.assert_close(model(x), original(x))
+    assert hooks_of(model) == []
+    change_parts(model, seed=1)
+    model.layer.flatten_parameters()
+    weight = normed_weight(model.state_dict(), "layer.weight_hh_l0", 0)
+    torch.testing.assert_close(model.layer.weight_hh_l0.detach(), weight)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@both_norms
+def test_ours_and_torchs_on_one_module(norm: Norm, ours_first: bool) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(1)
+        layer = nn.Bilinear(3, 4, 2)
+        layer.extra = nn.Parameter(torch.randn(3, 4))
+        wn = WeightNorm("extra")
+        layer = norm(wn.apply(layer)) if ours_first else wn.apply(norm(layer))
+        return Holder(layer).eval()
+
+    model, original, inputs = build(), build(), LAYERS[7].inputs()
+    expected = original(*inputs).detach()
+    assert convert(model) == ["layer.weight"]
+    torch.testing.assert_close(model(*inputs).detach(), expected)
+    assert sorted(name for name, _, _ in normed(model)) == ["layer.extra", "layer.weight"]
+    change_parts(model, seed=1)
+    WeightNorm("extra").recompute(model.layer)
+    torch.testing.assert_close(model.layer.extra.detach(), normed_weight(model.state_dict(), "layer.extra", 0))
+    assert sorted(fold(model)) == ["layer.extra", "layer.weight"]
+    assert type(model.layer) is nn.Bilinear
+
+
+@both_norms
+@pytest.mark.parametrize("other_first", [True, False])
+def test_a_parametrization_of_another_name_stays(norm: Norm, other_first: bool) -> None:
+    layer = LINEAR.make()
+    if other_first:
+        parametrize.register_parametrization(layer, "bias", Double())
+    norm(layer)
+    if not other_first:
+        parametrize.register_parametrization(layer, "bias", Double())
+    model = Holder(layer).eval()
+    expected = model(*LINEAR.inputs()).detach()
+
+    def check(model: nn.Module) -> None:
+        torch.testing.assert_close(model(*LINEAR.inputs()).detach(), expected)
+        assert parametrize.is_parametrized(model.layer, "bias")
+        assert not parametrize.is_parametrized(model.layer, "weight")
+
+    assert convert(model) == ["layer.weight"]
+    check(model)
+    copied = copy.deepcopy(model)
+    check(copied)
+    with torch.no_grad():
+        copied.layer.parametrizations.bias.original.add_(1)
+    check(model)
+
+    assert fold(model) == ["layer.weight"]
+    check(model)
+    assert sorted(model.state_dict()) == ["layer.parametrizations.bias.original", "layer.weight"]
+    check(copy.deepcopy(model))
+    parametrize.remove_parametrizations(model.layer, "bias")
+    assert type(model.layer) is nn.Linear
+    torch.testing.assert_close(model(*LINEAR.inputs()).detach(), expected)
+
+
+def bilinear_with(order: tuple[str, ...]) -> nn.Module:
+    torch.manual_seed(1)
+    layer = nn.Bilinear(3, 4, 2)
+    layer.extra = nn.Parameter(torch.randn(3, 4))
+    apply: dict[str, Callable[[], Any]] = {
+        "ours": lambda: WeightNorm("extra").apply(layer),
+        "torch's": lambda: parametrized_weight_norm(layer),
+        "another": lambda: parametrize.register_parametrization(layer, "bias", Double()),
+    }
+    for tool in order:
+        apply[tool]()
+    return Holder(layer)
+
+
+@pytest.mark.parametrize("verb", [convert, fold])
+@pytest.mark.parametrize("order", list(itertools.permutations(["ours", "torch's", "another"])), ids=str)
+def test_three_tools_on_one_module_are_told_apart_or_refused_by_name(order: tuple[str, ...], verb: Any) -> None:
+    model, inputs = bilinear_with(order), LAYERS[7].inputs()
+    expected, extra = model(*inputs).detach(), model.layer.extra.detach().clone()
+    before = Picture(model)
+    try:
+        verb(model)
+    except ValueError as error:
+        assert "of this Bilinear" in str(error)  # noqa: PT017
+        assert_unchanged(model, before)
+    torch.testing.assert_close(model(*inputs).detach(), expected)
+    torch.testing.assert_close(model.layer.extra.detach(), extra)
+    with torch.no_grad():
+        model.layer.parametrizations.bias.original.add_(1)
+    torch.testing.assert_close(model(*inputs).detach(), expected + 2)
+
+
+# Shared modules and parameters
+
+
+@both_norms
+def test_a_shared_module_is_converted_once(norm: Norm) -> None:
+    shared = norm(nn.Linear(4, 4))
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.ModuleDict({"again": shared})["again"]).eval()
+    x = torch.randn(2, 4)
+    expected = model(x)
+    assert convert(model) == ["0.weight"]
+    assert model[0] is model[2] is model[3]
+    torch.testing.assert_close(model(x), expected)
+    assert fold(model) == ["0.weight"]
+    assert model[0] is model[2] is model[3]
+    torch.testing.assert_close(model(x), expected)
+
+
+@weight_norms
+def test_parameters_that_two_modules_share_stay_shared(norm: Norm) -> None:
+    model = nn.Sequential(norm(nn.Linear(4, 4)), nn.Tanh(), norm(nn.Linear(4, 4)))
+    owners = [m.parametrizations.weight if norm is parametrized_weight_norm else m for m in (model[0], model[2])]
+    magnitude, direction = list(owners[0].named_parameters(recurse=False))[-2:]
+    for name, parameter in (magnitude, direction):
+        setattr(owners[1], name, parameter)
+    x, count = torch.randn(2, 4), len(list(model.parameters()))
+    expected = model(x)
+    convert(model)
+    assert model[0].weight_v is model[2].weight_v is direction[1]
+    assert model[0].weight_g is model[2].weight_g is magnitude[1]
+    assert len(list(model.parameters())) == count
+    torch.testing.assert_close(model(x), expected)
+
+
+# Copies
+
+
+def wrapped(norm: Norm) -> nn.Module:
+    """A model whose deep copies torch allows: the hook's weight holds no graph after a forward without one."""
+    torch.manual_seed(2)
+    model = nn.Sequential(norm(nn.Conv1d(4, 3, 2)), nn.Tanh(), norm(nn.Conv1d(3, 2, 2))).eval()
+    with torch.no_grad():
+        model(torch.randn(1, 4, 6))
+    return model
+
+
+X = torch.linspace(-1, 1, 48).view(2, 4, 6)
+
+
+@both_norms
+@pytest.mark.parametrize("verb", [convert, fold])
+@pytest.mark.parametrize("on_the_copy", [True, False])
+def test_the_copy_and_the_model_it_was_copied_from_stay_whole(norm: Norm, verb: Any, on_the_copy: bool) -> None:
+    model = wrapped(norm)
+    copied = copy.deepcopy(model)
+    changed, other = (copied, model) if on_the_copy else (model, copied)
+    expected = wrapped(norm)(X).detach()
+    before = Picture(other)
+    assert verb(changed) == ["0.weight", "2.weight"]
+    assert_unchanged(other, before)
+    torch.testing.assert_close(changed(X).detach(), expected)
+    torch.testing.assert_close(other(X).detach(), expected)
+
+    change_values(changed, seed=4)
+    torch.testing.assert_close(other(X).detach(), expected)
+    reference = wrapped(norm)
+    for trained in (other, reference):  # it still trains, and is still torch's
+        train(trained.train(), torch.optim.SGD(trained.parameters(), 0.1), (X,))
+    torch.testing.assert_close(other.eval()(X), reference.eval()(X))
+    assert type(other[0]) is type(model[0]) if changed is copied else type(copied[0])
+    assert verb(other) == ["0.weight", "2.weight"]
+    torch.testing.assert_close(other(X), reference(X))
+
+
+@pytest.mark.parametrize("norm", [parametrized_weight_norm, parametrized_spectral_norm])
+def test_torchs_own_removal_works_on_the_model_that_was_not_converted(norm: Norm) -> None:
+    model = wrapped(norm)
+    copied = copy.deepcopy(model)
+    expected = model(X).detach()
+    convert(copied)
+    for index in (0, 2):
+        parametrize.remove_parametrizations(model[index], "weight")
+        assert type(model[index]) is nn.Conv1d
+    torch.testing.assert_close(model(X).detach(), expected)
+    torch.testing.assert_close(copied(X).detach(), expected)
+
+
+@both_norms
+def test_a_converted_model_is_copied_and_pickled_at_any_time(norm: Norm) -> None:
+    model = wrapped(norm)
+    convert(model)
+    model(X).sum().backward()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(copied(X), model(X))
+        change_values(copied, seed=1)
+        assert not torch.allclose(copied(X), model(X))
+
+
+# MultiheadAttention and the transformer layers read weights without calling the layers that own them
+
+
+def encoder(norm: Norm | None) -> nn.Module:
+    torch.manual_seed(5)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    for module in (layer.linear1, layer.linear2, layer.self_attn.out_proj) if norm else ():
+        norm(module)
+    return layer
+
+
+NORMED = ("linear1.weight", "linear2.weight", "self_attn.out_proj.weight")
+SEQUENCE = torch.linspace(-1, 1, 48).view(2, 3, 8)
+
+
+def plain_encoder(model: nn.Module) -> nn.Module:
+    """A plain layer with the weights that the parts of `model` make."""
+    plain = encoder(None).train(model.training)
+    state = dict(model.state_dict())
+    for name in NORMED:
+        state[name] = normed_weight(state, name, 0)
+        del state[f"{name}_g"], state[f"{name}_v"]
+    plain.load_state_dict(state)
+    return plain
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+@weight_norms
+def test_weights_that_are_read_without_a_call_are_fresh(norm: Norm, training: bool, grad: bool) -> None:
+    model = encoder(norm).train(training)
+    assert sorted(convert(model)) == sorted(NORMED)
+    with torch.set_grad_enabled(grad):
+        for seed in (1, 2):
+            change_parts(model, seed)
+            with Count() as count:
+                output = model(SEQUENCE)
+            assert ("aten._transformer_encoder_layer_fwd" in count.of) == (not training and not grad)
+            torch.testing.assert_close(output, plain_encoder(model)(SEQUENCE))
+
+
+def test_weights_that_are_read_without_a_call_train_as_in_the_parametrization() -> None:
+    model, original = encoder(parametrized_weight_norm), encoder(parametrized_weight_norm)
+    parameters, others = list(model.parameters()), list(original.parameters())
+    convert(model)
+    for trained, values in ((model, parameters), (original, others)):
+        train(trained, torch.optim.SGD(values, 0.1, momentum=0.9), (SEQUENCE,))
+    for parameter, other in zip(parameters, others, strict=True):
+        torch.testing.assert_close(parameter, other)
+
+
+@weight_norms
+def test_a_transformer_layer_folds_into_ordinary_classes(norm: Norm) -> None:
+    model = encoder(norm).eval()
+    convert(model)
+    change_parts(model, seed=1)
+    plain = plain_encoder(model)
+    assert sorted(fold(model)) == sorted(NORMED)
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    with torch.no_grad():
+        torch.testing.assert_close(model(SEQUENCE), plain(SEQUENCE))
+
+
+# Refusals
+
+
+def with_hook_subclass(kind: type) -> Callable[[nn.Module], nn.Module]:
+    def norm(module: nn.Module) -> nn.Module:
+        (hook_weight_norm if issubclass(kind, WeightNormHook) else hook_spectral_norm)(module)
+        for hook in module._forward_pre_hooks.values():
+            hook.__class__ = kind
+        return module
+
+    return norm
+
+
+class WeightNormOfSomebody(WeightNormHook):
+    pass
+
+
+class SpectralNormOfSomebody(SpectralNormHook):
+    pass
+
+
+class ParametrizationOfSomebody(parametrizations._WeightNorm):
+    pass
+
+
+def with_another_after(module: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(parametrized_weight_norm(module), "weight", Double())
+    return module
+
+
+def with_another_before(module: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(module, "weight", Double())
+    return parametrized_spectral_norm(module)
+
+
+def with_parametrization_subclass(module: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(module, "weight", ParametrizationOfSomebody())
+    return module
+
+
+def with_parametrized_part(module: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(hook_weight_norm(module), "weight_v", Double())
+    return module
+
+
+def with_pruned_original(module: nn.Module) -> nn.Module:
+    prune.l1_unstructured(parametrized_weight_norm(module).parametrizations.weight, "original1", 0.5)
+    return module
+
+
+def with_pruned_part(module: nn.Module) -> nn.Module:
+    prune.l1_unstructured(hook_weight_norm(module), "weight_v", 0.5)
+    return module
+
+
+def with_forward_of_its_own(module: nn.Module) -> nn.Module:
+    hook_spectral_norm(module)
+    module.forward = lambda x: nn.functional.linear(x, module.weight)  # a class does not see it
+    return module
+
+
+REFUSED = {
+    "another parametrization after": (with_another_after, "by WeightNorm, Double"),
+    "another parametrization before": (with_another_before, "by Double, SpectralNorm"),
+    "a subclass of the parametrization": (with_parametrization_subclass, "ParametrizationOfSomebody"),
+    "a subclass of the weight norm hook": (with_hook_subclass(WeightNormOfSomebody), "WeightNormOfSomebody"),
+    "a subclass of the spectral norm hook": (with_hook_subclass(SpectralNormOfSomebody), "SpectralNormOfSomebody"),
+    "a part that is parametrized": (with_parametrized_part, "part of it is computed by another tool"),
+    "an original that is pruned": (with_pruned_original, ""),
+    "a part that is pruned": (with_pruned_part, "part of it is computed by another tool"),
+    "a forward on the instance": (with_forward_of_its_own, "forward"),
+}
+
+
+REFUSALS = [
+    pytest.param(verb, *case, id=f"{verb.__name__}-{name}")
+    for name, case in REFUSED.items()
+    for verb in (convert, fold)
+    if verb is convert or name != "a forward on the instance"  # which folding does not need
+]
+
+
+@pytest.mark.parametrize(("verb", "spoil", "says"), REFUSALS)
+def test_what_is_not_torchs_norm_alone_is_refused_by_name_and_nothing_is_changed(
+    verb: Any, spoil: Any, says: str
+) -> None:
+    model = nn.Sequential(
+        hook_weight_norm(nn.Linear(4, 4)),
+        parametrized_weight_norm(nn.Linear(4, 4)),
+        hook_spectral_norm(nn.Linear(4, 4)),
+        nn.ModuleDict({"inner": spoil(nn.Linear(4, 4))}),
+        parametrized_spectral_norm(nn.Linear(4, 4)),
+        WeightNorm().apply(nn.Linear(4, 4)),
+    )
+    before = Picture(model)
+    with pytest.raises(ValueError, match=r"'3\.inner\.weight' of this Linear.*" + says):
+        verb(model)
+    assert_unchanged(model, before)
+
+
+def test_a_report_shows_what_convert_refuses() -> None:
+    for spoil, _ in REFUSED.values():
+        model = nn.Sequential(spoil(nn.Linear(4, 4)))
+        before = Picture(model)
+        assert report(model).rows[0].name == "0.weight"
+        assert_unchanged(model, before)
+
+
+# Ctrl-C
+
+
+def every_spelling() -> nn.Module:
+    torch.manual_seed(0)
+    lstm = parametrized_weight_norm(parametrized_weight_norm(nn.LSTM(4, 4), "weight_hh_l0"), "weight_ih_l0")
+    return nn.Sequential(
+        hook_weight_norm(nn.Linear(4, 4)),
+        parametrized_weight_norm(nn.Linear(4, 4)),
+        hook_spectral_norm(nn.Linear(4, 4)),
+        parametrized_spectral_norm(nn.Linear(4, 4)),
+        hook_weight_norm(hook_spectral_norm(nn.LSTM(4, 4), "weight_ih_l0"), "weight_hh_l0"),
+        nn.ModuleList([lstm]),
+    ).eval()
+
+
+def run_every_spelling(model: nn.Module) -> Tensor:
+    x = torch.linspace(-1, 1, 12).view(3, 4)
+    for layer in model[:4]:
+        x = layer(x)
+    output: Tensor = model[5][0](model[4](x)[0])[0]
+    return output.detach()
+
+
+def test_ctrl_c_at_any_line_of_convert_leaves_it_undone_or_done() -> None:
+    expected, done = run_every_spelling(every_spelling()), every_spelling()
+    assert len(convert(done)) == 8
+    outcomes = []
+    for model, before in interrupted(every_spelling, convert):
+        outcomes.append(is_unchanged(model, before))
+        if not outcomes[-1]:
+            assert anatomy(model) == anatomy(done)
+            assert hooks_of(model) == []
+        torch.testing.assert_close(run_every_spelling(model), expected)
+    assert len(outcomes) > 100
+    assert outcomes[0]
+    assert not outcomes[-1]
+
+
+# Checkpoints
+
+
+def in_spelling(spelling: str, kind: str, seed: int) -> nn.Module:
+    """One model in any spelling, its parts scaled and moved so that no two parts say the same."""
+    norms = (WEIGHT_NORMS if kind == "weight" else SPECTRAL_NORMS) | {"plain": lambda layer: layer}
+    torch.manual_seed(seed)
+    norm = norms["hook" if spelling == "converted" else spelling]
+    model = nn.Sequential(norm(nn.Conv1d(4, 3, 2)), nn.ModuleDict({"deep": norm(nn.Linear(5, 2))})["deep"])
+    if spelling == "converted":
+        convert(model)
+    if spelling != "plain":
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("_g", "original0")):
+                    parameter.mul_(1.7)
+    return model.eval()
+
+
+PAIRS = [("converted", "hook"), ("hook", "hook"), ("converted", "converted")]
+PAIRS += [(source, "converted") for source in ("plain", "hook", "parametrization")]
+
+
+@pytest.mark.parametrize(("source", "target"), [*PAIRS, ("converted", "parametrization"), ("hook", "parametrization")])
+def test_a_checkpoint_of_a_weight_norm_loads(source: str, target: str) -> None:
+    check_loading(source, target, "weight")
+
+
+@pytest.mark.parametrize(("source", "target"), [pair for pair in PAIRS if pair[0] != "plain"])
+def test_a_checkpoint_of_a_spectral_norm_loads(source: str, target: str) -> None:
+    check_loading(source, target, "spectral")
+
+
+def check_loading(source: str, target: str, kind: str) -> None:
+    saved, model = in_spelling(source, kind, seed=1), in_spelling(target, kind, seed=2)
+    assert not torch.allclose(saved(X), model(X), atol=1e-3)
+    model(X)  # so that there is a stored weight, which the load makes stale
+    keys = model.load_state_dict(saved.state_dict())
+    assert (keys.missing_keys, keys.unexpected_keys) == ([], [])
+    torch.testing.assert_close(model(X), saved(X))
+    state = model.state_dict()
+    if target != "plain":
+        model.load_state_dict(state)
+        torch.testing.assert_close(model(X), saved(X))
+
+
+@both_norms
+def test_a_converted_model_has_the_keys_of_the_hook(norm: Norm) -> None:
+    kind = "weight" if norm in WEIGHT_NORMS.values() else "spectral"
+    model = wrapped(norm)
+    convert(model)
+    norms = WEIGHT_NORMS if kind == "weight" else SPECTRAL_NORMS
+    assert sorted(model.state_dict()) == sorted(wrapped(norms["hook"]).state_dict())
+
+
+def test_a_checkpoint_goes_through_torch_save(tmp_path: Path) -> None:
+    for norm in WEIGHT_NORMS.values():
+        original, model = wrapped(norm), wrapped(norm)
+        convert(model)
+        change_values(original, seed=3)
+        with torch.no_grad():
+            expected = original(X)
+        torch.save(original.state_dict(), tmp_path / "original.pt")
+        model.load_state_dict(torch.load(tmp_path / "original.pt", weights_only=True))
+        torch.testing.assert_close(model(X).detach(), expected)
+
+        change_values(model, seed=4)
+        torch.save(model.state_dict(), tmp_path / "converted.pt")
+        original.load_state_dict(torch.load(tmp_path / "converted.pt", weights_only=True))
+        torch.testing.assert_close(original(X), model(X))
+
+
+def test_a_file_as_r_saves_it_loads(tmp_path: Path) -> None:
+    """R's `torch_save` writes safetensors, with the keys of the hook."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = {
+        "0.weight_g": 1 + torch.rand(3, 1, 1),
+        "0.weight_v": torch.randn(3, 4, 2),
+        "0.bias": torch.randn(3),
+        "2.weight_g": 1 + torch.rand(2, 1, 1),
+        "2.weight_v": torch.randn(2, 3, 2),
+        "2.bias": torch.randn(2),
+    }
+    safetensors.save_file(state, tmp_path / "from_r.safetensors")
+    expected = nn.functional.conv1d(X, normed_weight(state, "0.weight", 0), state["0.bias"])
+    expected = nn.functional.conv1d(torch.tanh(expected), normed_weight(state, "2.weight", 0), state["2.bias"])
+    for norm in WEIGHT_NORMS.values():
+        model = wrapped(norm)
+        convert(model)
+        model.load_state_dict(safetensors.load_file(tmp_path / "from_r.safetensors"))
+        torch.testing.assert_close(model(X).detach(), expected)
+        safetensors.save_model(model, str(tmp_path / "back.safetensors"))
+        assert sorted(safetensors.load_file(tmp_path / "back.safetensors")) == sorted(state)
