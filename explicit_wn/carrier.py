@@ -14,151 +14,18 @@ A carrier is an instance of a generated subclass of the module's own class, whic
 
 import contextlib
 import copyreg
-import functools
 import inspect
-import keyword
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from . import capture, torchscript
-
-if TYPE_CHECKING:
-    from .reparametrization import Reparametrization
-
-INLINED = "inlined"
-
-
-_derived: Any = functools.partial(attrs.field, init=False, eq=False, repr=False)
-
-
-@attrs.frozen
-class Recipe:
-    """How one weight of a module is made of its parts: what `apply` decided, and nothing that changes later."""
-
-    norm_class: "type[Reparametrization]"
-    settings: tuple[tuple[str, Any], ...]
-    """The fields of the norm: `name` is the parameter's, `dim` an index or None."""
-    parts: tuple[str, ...]
-    """The suffixes of the parts, which are the formula's argument names as well."""
-    owner: str
-    """The `name` of the object that was applied."""
-    inlined: bool
-
-    # Derived from the above, once, since the hot paths read them
-    norm: "Reparametrization" = _derived()
-    """A norm object with these settings."""
-    name: str = _derived()
-    """The parameter's name."""
-    labels: tuple[str, ...] = _derived()
-    """What a recompute may ask for to mean this weight."""
-    attributes: tuple[str, ...] = _derived()
-    """The attributes of the module that hold the parts."""
-    formula: Callable[..., Tensor] = _derived()
-    """The weight from its parts and options."""
-    formula_once: Callable[..., Tensor] = _derived()
-    """The formula for a captured graph."""
-    formula_options: dict[str, Any] = _derived()
-    """The settings that the formula takes."""
-    advance: Callable[..., None] | None = _derived()
-    """What a recompute in training mode does first, in place; None if nothing, or if it is not for these parts."""
-    advance_options: dict[str, Any] = _derived()
-    """The settings that `advance` takes."""
-
-    def __attrs_post_init__(self) -> None:
-        self._check()
-        kind, settings = self.norm_class.kind, dict(self.settings)
-        name, formula, advance = settings["name"], self.norm_class.formula, self.norm_class.advance
-        known = {*self.parts, *settings}
-        if advance is not None and not known.issuperset(inspect.signature(advance).parameters):
-            advance = None
-        derived = {
-            "norm": self.norm_class(**settings),
-            "name": name,
-            "labels": tuple({f"{kind} {self.owner}": 0, f"{kind} {name}": 0} | ({INLINED: 0} if self.inlined else {})),
-            "attributes": tuple(f"{name}_{part}" for part in self.parts),
-            "formula": formula,
-            "formula_once": capture.once(formula, () if advance is None else self.norm_class.buffer_parts),
-            "formula_options": self.options_of(formula),
-            "advance": advance,
-            "advance_options": {} if advance is None else self.options_of(advance),
-        }
-        for key, value in derived.items():
-            object.__setattr__(self, key, value)
-
-    def _check(self) -> None:
-        """What is written into source must be names and numbers, wherever this recipe comes from (a pickle, say)."""
-        if not (isinstance(self.norm_class, type) and issubclass(self.norm_class, nn.Module)) or not hasattr(
-            self.norm_class, "formula"
-        ):
-            raise TypeError(f"a recipe is for a norm, and the data names {self.norm_class!r}")
-        settings = dict(self.settings)
-        fields = [field.name for field in attrs.fields(self.norm_class)]  # type: ignore[arg-type]
-        if list(settings) != fields or not all(isinstance(v, (int, float, str, NoneType)) for v in settings.values()):
-            raise ValueError(f"the settings of a {self.norm_class.__name__} are {fields}, not {self.settings!r}")
-        for name in (settings["name"], *self.parts):
-            if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-                raise ValueError(f"{name!r} is no Python identifier, hence no name of a parameter that can be normed")
-        if not isinstance(self.owner, str):
-            raise TypeError(f"the owner of a recipe is a str, not {self.owner!r}")
-
-    def __reduce__(self) -> Any:
-        return Recipe, (self.norm_class, self.settings, self.parts, self.owner, self.inlined)
-
-    def attribute(self, part: str) -> str:
-        """The attribute of the module that holds `part`."""
-        return f"{self.name}_{part}"
-
-    def options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """The settings that `function` takes."""
-        takes = inspect.signature(function).parameters
-        options = {key: value for key, value in self.settings if key in takes and key not in self.parts}
-        for key, value in options.items():  # TorchScript takes no int for a float
-            if isinstance(value, int) and takes[key].annotation in (float, "float"):
-                options[key] = float(value)
-        return options
-
-    def read(self, module: nn.Module) -> dict[str, Tensor]:
-        """The parts as they are now, by suffix."""
-        return {part: _read_part(module, self.attribute(part)) for part in self.parts}
-
-    def sources(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """The parameters and buffers behind the parts."""
-        own, buffers = module._parameters, module._buffers
-        found: list[Any] = []
-        for name in self.attributes:
-            if name in own:
-                found.append(own[name])
-            elif name in buffers:
-                found.append(buffers[name])
-            else:
-                found += _behind(module, name)
-        return tuple(found)
-
-    def compute(self, module: nn.Module) -> Tensor:
-        """The weight from the parts as they are now."""
-        return self.formula(**self.read(module), **self.formula_options)
-
-
-def _read_part(module: nn.Module, attribute: str) -> Tensor:
-    # torch.nn.utils.prune refreshes a pruned part in a hook of the layer itself, after our recompute: so do it here
-    mask = module._buffers.get(f"{attribute}_mask")
-    part: Tensor = getattr(module, attribute if mask is None else f"{attribute}_orig")
-    return part if mask is None else part * mask
-
-
-def _behind(module: nn.Module, attribute: str) -> list[Any]:
-    """The tensors from which another tool computes a part: parametrize, or prune."""
-    if parametrize.is_parametrized(module, attribute):
-        return list(module.parametrizations[attribute].parameters())  # type: ignore[index, union-attr]
-    return [module._parameters.get(f"{attribute}_orig"), module._buffers.get(f"{attribute}_mask")]
+from .recipe import INLINED, Recipe
 
 
 @attrs.frozen

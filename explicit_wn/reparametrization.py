@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from . import carrier
-from .carrier import Recipe
+from .recipe import Recipe
 from .torchscript import Recomputable
 
 Module = TypeVar("Module", bound=nn.Module)

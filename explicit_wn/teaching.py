@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import capture, carrier
-from .carrier import Recipe, Stored
+from .carrier import Stored
+from .recipe import Recipe
 from .reparametrization import Reparametrization
 from .table import Table
 from .weight_norm import WeightNorm

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 if TYPE_CHECKING:
-    from .carrier import Recipe
+    from .recipe import Recipe
 
     Recomputable = nn.Module
 else:

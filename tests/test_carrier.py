@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from explicit_wn import WeightNorm, carrier
+from explicit_wn.recipe import Recipe
 
 Factory = Callable[[], nn.Module]
 
@@ -319,7 +320,7 @@ def recipe(
     owner: Any = "weight",
     inlined: Any = False,
 ) -> Naming:
-    return Naming(carrier.Recipe, norm_class, settings, parts, owner, inlined)
+    return Naming(Recipe, norm_class, settings, parts, owner, inlined)
 
 
 def with_setting(name: str, value: Any) -> tuple[tuple[str, Any], ...]:

@@ -376,6 +376,7 @@ def test_a_parametrization_of_another_name_stays(norm: Norm, other_first: bool) 
         parametrize.register_parametrization(layer, "bias", Double())
     model = Holder(layer).eval()
     expected = model(*LINEAR.inputs()).detach()
+    earlier = copy.deepcopy(model) if norm not in (hook_weight_norm, hook_spectral_norm) else None
 
     def check(model: nn.Module) -> None:
         torch.testing.assert_close(model(*LINEAR.inputs()).detach(), expected)
@@ -397,6 +398,10 @@ def test_a_parametrization_of_another_name_stays(norm: Norm, other_first: bool) 
     parametrize.remove_parametrizations(model.layer, "bias")
     assert type(model.layer) is nn.Linear
     torch.testing.assert_close(model(*LINEAR.inputs()).detach(), expected)
+    if earlier is not None:  # its class was shared, and is still whole
+        torch.testing.assert_close(earlier(*LINEAR.inputs()).detach(), expected)
+        parametrize.remove_parametrizations(earlier.layer, "weight")
+        torch.testing.assert_close(earlier(*LINEAR.inputs()).detach(), expected)
 
 
 def bilinear_with(order: tuple[str, ...]) -> nn.Module:

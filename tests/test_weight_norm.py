@@ -277,7 +277,7 @@ def test_slices_shorter_than_eps_keep_their_weight(dim: int | None, verb: str) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_a_zero_slice_with_eps_learns(dtype: torch.dtype) -> None:
     wn = WeightNorm(eps=1e-4)
-    module = wn.apply(holding(SMALL.to(dtype)))
+    module = wn.apply(holding(SMALL.to(dtype, copy=True)))
     (module.weight.float() - 1).square().sum().backward()
     with torch.no_grad():
         for part in (module.weight_g, module.weight_v):
@@ -291,7 +291,7 @@ def test_a_zero_slice_with_eps_learns(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_the_eps_that_the_refusal_of_a_zero_slice_names_lets_it_learn(dtype: torch.dtype) -> None:
-    module = holding(SMALL.to(dtype))
+    module = holding(SMALL.to(dtype, copy=True))
     with pytest.raises(ValueError, match="slices 2 are zero") as raised:
         WeightNorm().apply(module)
     named = re.search(r"set eps \((\S+), say\)", str(raised.value))
