@@ -255,6 +255,7 @@ class Reparametrization(nn.Module):
 
     def _resolve(self: Self, module: Any, name: str | None, dim: int | str | None) -> tuple[Self, nn.Parameter]:
         """This norm with the settings that hold for one parameter of `module`, and that parameter."""
+        self._check_class()
         name = self.name if name is None else name
         self._check_module(module, name)
         weight = self._find(module, name)
@@ -335,6 +336,14 @@ class Reparametrization(nn.Module):
         else:
             return parameter
         raise self._refusal(module, name, reason)
+
+    def _check_class(self) -> None:
+        cls = type(self)
+        if not attrs.has(cls) or "__slots__" in vars(cls) or cls.__eq__ is not nn.Module.__eq__:
+            raise TypeError(
+                f"{cls.__name__} is no attrs class that torch can use; write the line "
+                "@attrs.define(slots=False, eq=False, on_setattr=None, repr=False) above it."
+            )
 
     def _check_module(self, module: Any, name: Any, verb: str = "norm") -> None:
         if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):

@@ -5,11 +5,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Optional
 
+import attrs
 import pytest
 import torch
 from torch import Tensor, nn
 
 from explicit_wn import WeightNorm
+from explicit_wn.reparametrization import Reparametrization
 
 Factory = Callable[[], nn.Module]
 
@@ -632,3 +634,19 @@ def test_a_clone_and_a_fresh_object_act_on_what_another_one_normed() -> None:
         other.assign(module, torch.ones(2, 3))
         torch.testing.assert_close(by_hand(module, dim=1).detach(), torch.ones(2, 3))
         assert type(other.remove(module)) is nn.Linear
+
+
+@pytest.mark.parametrize("decorate", [lambda cls: cls, attrs.define], ids=["no decorator", "slots"])
+def test_a_norm_that_torch_cannot_use_says_which_line_it_wants(decorate: Callable[[type], type]) -> None:
+    class Doubled(Reparametrization):
+        name: str = "weight"
+
+        @staticmethod
+        def formula(half: Tensor) -> Tensor:
+            return 2 * half
+
+        def split(self, weight: Tensor) -> dict[str, Tensor]:
+            return {"half": weight / 2}
+
+    with pytest.raises(TypeError, match=r"Doubled .*@attrs.define\(slots=False, eq=False"):
+        decorate(Doubled)().apply(nn.Linear(3, 2))
