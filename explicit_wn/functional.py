@@ -81,7 +81,11 @@ def _in_layout_of(v: Tensor, weight: Tensor) -> Tensor:
 
 
 def as_matrix(weight: Tensor, dim: int = 0) -> Tensor:
-    """`weight` with `dim` as its rows and everything else as its columns."""
+    """`weight` with `dim` as its rows and everything else as its columns.
+
+    >>> as_matrix(torch.ones(2, 3, 4), dim=1).shape
+    torch.Size([3, 8])
+    """
     rows = weight.movedim(dim, 0)
     return rows.reshape(rows.size(0), -1)
 

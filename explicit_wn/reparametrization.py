@@ -40,6 +40,20 @@ class Reparametrization(nn.Module):
     Guarantees: the parts stay in `parameters()`, `buffers()` and the `state_dict`, the weight is in none of them; the
     original Parameter object stays the part that `split` returns it as; a call that fails changes nothing; no hook is
     registered on any module.
+
+    >>> @attrs.define(slots=False, eq=False, on_setattr=None, repr=False)
+    ... class Exponential(Reparametrization):
+    ...     name: str = "weight"
+    ...     formula = staticmethod(lambda log: log.exp())
+    ...
+    ...     def split(self, weight):
+    ...         return {"log": weight.log()}
+    >>> layer = nn.Linear(2, 3)
+    >>> _ = nn.init.constant_(layer.weight, 5)
+    >>> Exponential().apply(layer)
+    Linear(in_features=2, out_features=3, bias=True, weight=Exponential())
+    >>> [name for name, _ in layer.named_parameters()]
+    ['bias', 'weight_log']
     """
 
     name: str

@@ -149,7 +149,9 @@ def _statements(
     """The lines that rebuild one weight, in TorchScript."""
 
     def call(function: Callable[..., Any]) -> str:
-        name = f"{function.__name__}_{index}"
+        name = (
+            f"{function.__name__ if function.__name__.isidentifier() else 'function'}_{index}"  # a lambda has no name
+        )
         scope[name] = function
         parts = [f"{part}=self.{recipe.attribute(part)}" for part in recipe.parts]
         options = [f"{option}={value!r}" for option, value in recipe.options_of(function).items()]
