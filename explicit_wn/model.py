@@ -58,6 +58,7 @@ def apply_all(model: nn.Module, norm: Reparametrization, where: Where | None = N
     >>> apply_all(model, WeightNorm(dim="out"))
     ['0.weight', '2.weight']
     """
+    _check("apply_all", model, norm)
     matches = _predicate(where)
     chosen = {path: module for path, module in model.named_modules() if matches(path, module)}
     with carrier.all_or_nothing(*chosen.values()):
@@ -77,6 +78,7 @@ def recompute_all(model: nn.Module) -> None:
     >>> torch.allclose(model[0].weight.norm(dim=1), torch.tensor(3.0))
     True
     """
+    _check("recompute_all", model)
     for module in model.modules():
         carrier.recompute_recipes(module, carrier.recipes_of(module))
 
@@ -96,6 +98,7 @@ def cached(model: Model) -> Iterator[Model]:
     ...     layer.weight is first
     True
     """
+    _check("cached", model)
     carriers = [module for module in model.modules() if carrier.recipes_of(module)]
     stores = [(carrier.store_of(module), carrier.recipes_of(module)) for module in carriers]
     block = carrier.Block()
@@ -130,6 +133,7 @@ def convert(model: nn.Module) -> list[str]:
       (0): Linear(in_features=2, out_features=3, bias=True, weight=WeightNorm(dim=0))
     )
     """
+    _check("convert", model)
     for path, module in model.named_modules():
         for spelled in spellings.find(module):
             if spelled.is_norm and replaced_forward(module):
@@ -171,6 +175,7 @@ def fold(model: nn.Module) -> list[str]:
       (1): Linear(in_features=3, out_features=2, bias=True)
     )
     """
+    _check("fold", model)
     modules = {changed: None for module in model.modules() for changed in spellings.touched(module)}
     with carrier.all_or_nothing(*modules):
         _make_ours(model)
@@ -230,6 +235,7 @@ def report(model: nn.Module) -> Report:
     0.weight  WeightNorm  parametrization  0    3×2    g 3×1, v 3×2  9           fresh
     1.weight              plain                 1×3                  3
     """
+    _check("report", model)
     rows = []
     for path, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
@@ -268,6 +274,16 @@ def _row(path: str, found: Found) -> Row:
 
 def _show(value: Any) -> str:
     return "×".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _check(verb: str, model: Any, norm: Any = None) -> None:
+    """Refuses what is no model in eager mode, and what is no norm object."""
+    eager = verb == "report" or not isinstance(model, torch.jit.ScriptModule)
+    if not isinstance(model, nn.Module) or isinstance(model, Reparametrization) or not eager:
+        what = f"the norm {model!r}" if isinstance(model, Reparametrization) else f"a {type(model).__name__}"
+        raise TypeError(f"{verb} wants the model first, an nn.Module in eager mode, and got {what}.")
+    if verb == "apply_all" and not isinstance(norm, Reparametrization):
+        raise TypeError(f"apply_all wants a norm object second, WeightNorm() for example, and got {norm!r}.")
 
 
 def _join(path: str, name: str) -> str:

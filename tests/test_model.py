@@ -1028,3 +1028,32 @@ def test_a_report_after_convert_and_fold_shows_what_they_did() -> None:
     assert {row.name for row in report(model).rows if row.spelling == "ours"} == names
     fold(model)
     assert {row.spelling for row in report(model).rows if row.name in names} == {"plain"}
+
+
+VERBS = {
+    "apply_all": lambda model: explicit_wn.apply_all(model, WeightNorm()),
+    "convert": explicit_wn.convert,
+    "fold": explicit_wn.fold,
+    "report": explicit_wn.report,
+    "recompute_all": explicit_wn.recompute_all,
+    "cached": lambda model: explicit_wn.cached(model).__enter__(),
+}
+
+
+WRONG: dict[str, Callable[[], Any]] = {
+    "a norm": WeightNorm,
+    "a str": lambda: "model",
+    "a script": lambda: torch.jit.script(nn.Linear(2, 2)),
+}
+REFUSED = [(verb, wrong) for verb in VERBS for wrong in WRONG if (verb, wrong) != ("report", "a script")]
+
+
+@pytest.mark.parametrize(("verb", "wrong"), REFUSED)
+def test_what_is_no_model_is_refused(verb: str, wrong: str) -> None:
+    with pytest.raises(TypeError, match=f"{verb} wants the model first, an nn.Module in eager mode"):
+        VERBS[verb](WRONG[wrong]())
+
+
+def test_apply_all_wants_a_norm_object() -> None:
+    with pytest.raises(TypeError, match=r"apply_all wants a norm object second, WeightNorm\(\) for example"):
+        explicit_wn.apply_all(nn.Linear(2, 2), WeightNorm)  # type: ignore[arg-type]

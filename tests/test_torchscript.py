@@ -414,7 +414,7 @@ def test_pin_the_interface_is_deprecated_and_says_so() -> None:
             def go(self) -> None:
                 pass
 
-    with pytest.warns(DeprecationWarning, match=r"torch\.jit\.interface. is deprecated"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match=r"torch\.jit\.interface. is deprecated"):
         define()
 
 
