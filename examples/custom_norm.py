@@ -20,7 +20,7 @@ import explicit_wn
 from explicit_wn.reparametrization import Reparametrization
 
 # torch deprecated TorchScript. That is for you to weigh; here the warnings would only hide the table.
-warnings.filterwarnings("ignore", message=".torch.jit", category=DeprecationWarning)
+warnings.filterwarnings("ignore", message=".torch.jit")
 
 
 def standardize(v: Tensor, dim: int = 0, eps: float = 1e-5) -> Tensor:

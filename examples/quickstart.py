@@ -18,7 +18,7 @@ import explicit_wn
 from explicit_wn import WeightNorm
 
 # torch deprecated TorchScript. That is for you to weigh; here the warnings would only hide the table.
-warnings.filterwarnings("ignore", message=".torch.jit", category=DeprecationWarning)
+warnings.filterwarnings("ignore", message=".torch.jit")
 
 
 class StripesNet(nn.Module):

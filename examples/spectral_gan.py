@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from explicit_wn import SpectralNorm
 
 # torch deprecated TorchScript. That is for you to weigh; here the warnings would only hide the results.
-warnings.filterwarnings("ignore", message=".torch.jit", category=DeprecationWarning)
+warnings.filterwarnings("ignore", message=".torch.jit")
 
 MODES, RADIUS, SPREAD = 8, 2.0, 0.1
 """How many Gaussians stand on the circle, its radius, and their standard deviation."""

@@ -51,6 +51,11 @@ def _held_fake(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor)
 
 
+@held.register_vmap
+def _held_under_vmap(info: Any, in_dims: tuple[int | None, ...], tensor: Tensor) -> tuple[Tensor, int | None]:
+    return held(tensor), in_dims[0]
+
+
 @functools.cache
 def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
     """`formula`, computed once per trace for the same arguments as long as none of them is changed in place.

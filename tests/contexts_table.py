@@ -213,7 +213,7 @@ def answers_rightly(make: Model, context: Context, x: Tensor) -> None:
 def outcome(make: Model, context: Context, x: Tensor, warning: Literal["error", "ignore"]) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter(warning)
-        warnings.filterwarnings("ignore", ".torch.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".torch.jit")
         try:
             answers_rightly(make, context, x)
         except AssertionError:

@@ -346,7 +346,7 @@ def of_a_fresh_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[s
     folder = tmp_path_factory.mktemp("pickle")
     models = {str(which): which.model() for which in SUBJECTS}
     torch.save((models, {str(which): which.inputs() for which in SUBJECTS}), folder / "saved")
-    warnings = ["-W", "error", "-W", "ignore:`torch.jit:DeprecationWarning", "-W", "ignore:LSTM with projections"]
+    warnings = ["-W", "error", "-W", "ignore:`torch.jit", "-W", "ignore:LSTM with projections"]
     script = [sys.executable, *warnings, "-c", LOAD_AND_RUN, str(folder / "saved"), str(folder / "results")]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     subprocess.run(script, check=True, env={**os.environ, "PYTHONPATH": path})
