@@ -81,25 +81,29 @@ def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
     """Computes a weight and stores it."""
     store = store_of(module)
     store.pop(recipe.name, None)  # freed before its successor is allocated: the same memory is used again
-    value = recipe.compute(module)
-    if type(value) is not Tensor and not _storable(module, recipe, value):
+    try:
+        value = recipe.compute(module)
+    except RuntimeError:
+        _refuse_sharded(module, recipe)
+        raise
+    if isinstance(value, torch.fx.Proxy):
         return value
+    if type(value) is not Tensor:
+        _refuse_sharded(module, recipe)
     sources = recipe.sources(module)
     store[recipe.name] = Stored(value, sources, versions(sources), by_read)
     return value
 
 
-def _storable(module: nn.Module, recipe: Recipe, value: Any) -> bool:
-    """Whether a value that is no plain tensor may be stored; raises where storing it would be a trap."""
-    if isinstance(value, torch.fx.Proxy):
-        return False
-    if type(value).__name__ == "DTensor" and any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
+def _refuse_sharded(module: nn.Module, recipe: Recipe) -> None:
+    """Raises where the parts are the shards of a layer whose own forward, which would gather them, does not run."""
+    sharded = any(type(part.data).__name__ == "DTensor" for part in recipe.read(module).values())
+    if sharded and any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
         raise RuntimeError(
             f"{recipe.norm!r}: the parts of {recipe.name!r} of this {base_of(module).__name__} are sharded, because "
             "fully_shard was called on the layer while recompute is called in the forward of its parent. Call "
             "fully_shard on the module whose forward calls recompute, or use inline(layer) instead of apply(layer)."
         )
-    return True
 
 
 def recompute(module: nn.Module, label: str) -> None:

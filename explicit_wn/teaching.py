@@ -258,7 +258,9 @@ def _bits(source: Tensor | None) -> Tensor | None:
     """A copy of a part, as integers, among which NaN equals NaN; None for what cannot be compared."""
     if source is None or type(source) not in (Tensor, nn.Parameter) or source.is_meta:
         return None
-    return source.detach().view(_INTEGERS[source.element_size()]).clone()
+    with contextlib.suppress(RuntimeError):  # vmap on older torch
+        return source.detach().view(_INTEGERS[source.element_size()]).clone()
+    return None
 
 
 def _differ(source: Tensor, copy: Tensor | None) -> bool:

@@ -566,7 +566,7 @@ dist.destroy_process_group()
 def test_fully_shard_on_the_layer_alone_says_what_to_do() -> None:
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    refusal, ways_out = done.stdout.splitlines()
+    *_, refusal, ways_out = done.stdout.splitlines()  # gloo may have something to say first
     for text in (
         "WeightNorm('weight', dim=0)",
         "'weight' of this Linear",
