@@ -113,17 +113,13 @@ class Reparametrization(nn.Module):
     def compute_weight(self, module: nn.Module, name: str | None = None, dim: int | str | None = None) -> Tensor:
         """The weight from the parts as they are now; stores nothing."""
         recipe = self._recipe(module, name)
-        if dim is not None and self._resolve_dim(module, recipe.name, dim, recipe.compute(module).dim()) != getattr(
-            recipe.norm, "dim", None
-        ):
-            raise self._refusal(
-                module,
-                recipe.name,
-                f"its parts were made for {recipe.norm!r}; they say nothing about dim={dim!r}. "
-                f"Call remove, then apply with the other dim",
-                verb="compute",
-            )
-        return recipe.compute(module)
+        weight = recipe.compute(module)
+        recorded = getattr(recipe.norm, "dim", None)
+        if dim is not None and self._resolve_dim(module, recipe.name, dim, weight.dim()) != recorded:
+            reason = f"its parts were made for {recipe.norm!r}; they say nothing about dim={dim!r}. "
+            reason += "Call remove, then apply with the other dim"
+            raise self._refusal(module, recipe.name, reason, verb="compute")
+        return weight
 
     def recompute(self, module: Recomputable) -> None:
         """Computes the weight of `module` from its parts and stores it: the line to write in `forward`.
@@ -384,9 +380,12 @@ class Reparametrization(nn.Module):
     def _check_normed(self, module: Any) -> None:
         if self.label not in getattr(type(module), "_normed_by_label", ()):
             self._check_module(module, self.name, "recompute")
-            by = ", ".join(repr(recipe.norm) for recipe in carrier.recipes_of(module)) or "no norm"
-            reason = f"{self.kind}.apply(module) was not called for it; this module carries {by}"
-            raise self._refusal(module, self.name, reason, verb="recompute")
+            raise self._not_normed(module, self.name, "recompute")
+
+    def _not_normed(self, module: nn.Module, name: str, verb: str) -> Exception:
+        by = ", ".join(repr(recipe.norm) for recipe in carrier.recipes_of(module)) or "no norm"
+        reason = f"{self.kind}.apply(module) was not called for it; this module carries {by}"
+        return self._refusal(module, name, reason, verb=verb)
 
     def _recipes(self, module: Any, name: str | None) -> list[Recipe]:
         """What this object does in `module`: to the parameter `name`, or to all that it was applied to."""
@@ -396,9 +395,7 @@ class Reparametrization(nn.Module):
         if not found and name is not None:
             found = [r for r in carrier.recipes_of(module) if r.name == name and r.norm_class is type(self)]
         if not found:
-            by = ", ".join(repr(recipe.norm) for recipe in carrier.recipes_of(module)) or "no norm"
-            reason = f"{self.kind}.apply(module) was not called for it; this module carries {by}"
-            raise self._refusal(module, self.name if name is None else name, reason, verb="find")
+            raise self._not_normed(module, self.name if name is None else name, "find")
         return found
 
     def _recipe(self, module: Any, name: str | None) -> Recipe:

@@ -149,9 +149,8 @@ def _statements(
     """The lines that rebuild one weight, in TorchScript."""
 
     def call(function: Callable[..., Any]) -> str:
-        name = (
-            f"{function.__name__ if function.__name__.isidentifier() else 'function'}_{index}"  # a lambda has no name
-        )
+        own = function.__name__ if function.__name__.isidentifier() else "function"  # a lambda has no name
+        name = f"{own}_{index}"
         scope[name] = function
         parts = [f"{part}=self.{recipe.attribute(part)}" for part in recipe.parts]
         options = [f"{option}={value!r}" for option, value in recipe.options_of(function).items()]
@@ -184,9 +183,8 @@ def _wrapped_forward(base: type[nn.Module], before: str, eager: str) -> Any:
     else:
         inner: Any = inspect.unwrap(forward)
         made.__defaults__, made.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__
-    if hasattr(
-        forward, "__wrapped__"
-    ):  # eager mode takes what the decorator takes; TorchScript unwraps, as it always does
+    if hasattr(forward, "__wrapped__"):
+        # eager mode takes what the decorator takes; TorchScript unwraps, as it always does
         written = made
         made = _define(f"def forward({_ANYTHING}):\n    return self.{eager}(*args, **kwargs)\n", "forward", base, scope)
         made.__wrapped__ = written
@@ -217,9 +215,8 @@ def _renamed(function: Any, name: str) -> Any:
     """A copy of `function` under another name, by which TorchScript knows it."""
     if not isinstance(function, FunctionType):
         return function
-    if hasattr(
-        function, "__wrapped__"
-    ):  # TorchScript unwraps a decorated function; let it find the names that one uses
+    if hasattr(function, "__wrapped__"):
+        # TorchScript unwraps a decorated function; let it find the names that one uses
         scope = {**_names_of(inspect.unwrap(function)), "_decorated": function}
         source = f"def {name}({_ANYTHING}):\n    return _decorated(self, *args, **kwargs)\n"
         outer: Any = _define(source, name, object, scope)

@@ -1,20 +1,17 @@
 """What is refused: every error says what is wrong with what, and the way out, and leaves the module as it was."""
 
 import functools
-import inspect
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from whole_models import lines_run
 
-import explicit_wn
 from explicit_wn import SpectralNorm, WeightNorm
 
 
@@ -389,34 +386,6 @@ def test_the_attributes_of_a_module_survive_a_failed_call_even_if_they_cannot_be
 
 
 # Ctrl-C
-
-HERE = str(Path(inspect.getfile(explicit_wn)).parent)
-
-
-def lines_run(act: Callable[[], Any], interrupt_before: int | None = None) -> list[tuple[str, int]]:
-    """Runs `act` and returns the lines of the package that it ran, ending it with Ctrl-C before one of them."""
-    lines: list[tuple[str, int]] = []
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        source = frame.f_code.co_filename
-        if not source.startswith((HERE, "<explicit_wn")):
-            return None
-        if event == "line":
-            if len(lines) == interrupt_before:
-                raise KeyboardInterrupt
-            lines.append((source, frame.f_lineno))
-        return trace
-
-    tracer = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        act()
-    except KeyboardInterrupt:
-        assert interrupt_before is not None
-    finally:
-        sys.settrace(tracer)
-        torch.set_grad_enabled(True)  # Python delivers no Ctrl-C between the body and the end of a `with`; this does
-    return lines
 
 
 def first_and_last_visits(lines: list[tuple[str, int]]) -> list[int]:
