@@ -6,6 +6,7 @@ that however many reads follow one `recompute`, the captured graph holds one com
 The private torch names used here, each for want of a public one:
 
 - `torch._C._functorch.is_dead_tensor_wrapper`: a tensor that a finished `grad` or `vmap` left behind.
+- `torch._C._are_functorch_transforms_active` and `torch.autograd.forward_ad._current_level`: whether one runs now.
 - `torch.fx.experimental.proxy_tensor.get_proxy_mode`: the trace that is running, whose lifetime `once` shares.
 - the mark `_dynamo_marked_constant`, which is all that `torch.compiler.assume_constant_result` sets; that function
   imports Dynamo, which takes longer than importing torch.
@@ -25,15 +26,24 @@ _once: list[Formula] = []
 _traces: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
 
 
-def capturing() -> bool:
-    """Whether `torch.compile` or `torch.export` is reading the code that runs now."""
-    return torch.compiler.is_compiling()
+capturing = torch.compiler.is_compiling
+"""Whether `torch.compile` or `torch.export` is reading the code that runs now."""
+
+left_by_functorch: Callable[[Tensor], bool] = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
+"""Whether a tensor belongs to a functorch transform that is over."""
 
 
-def left_by_functorch(tensor: Tensor) -> bool:
-    """Whether `tensor` belongs to a functorch transform that is over."""
-    dead: bool = torch._C._functorch.is_dead_tensor_wrapper(tensor)  # type: ignore[attr-defined]
-    return dead
+def is_transformed() -> bool:
+    """Whether functorch or forward-mode AD runs, which want to see every operation."""
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+_getattr = torch.nn.Module.__getattr__
+
+
+def is_getattr_torchs() -> bool:
+    """Whether reading an attribute of a module gives what the module holds; `torch.fx` puts proxies there."""
+    return torch.nn.Module.__getattr__ is _getattr
 
 
 @torch.library.custom_op("explicit_wn::held", mutates_args=())

@@ -15,9 +15,9 @@ A carrier is an instance of a generated subclass of the module's own class, whic
 import contextlib
 import copyreg
 import inspect
-import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from threading import get_ident
 from typing import Any
 
 import attrs
@@ -28,15 +28,15 @@ from . import capture, torchscript
 from .recipe import INLINED, Recipe
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Stored:
     """A weight as it was last computed, and from what."""
 
     value: Tensor
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
-    by_read: bool
-    """Whether it was computed because somebody read it, not by a recompute."""
+    thread: int
+    """The thread that computed it, and may use it: in another it would have no gradient, or too much of it."""
 
     def is_stale(self) -> bool:
         """Whether a part was changed in place since, as far as torch counts that."""
@@ -56,11 +56,15 @@ class Store(dict[str, Stored]):
     def __init__(self) -> None:
         super().__init__()
         self.blocks: list[Block] = []
+        self.running: dict[tuple[int, str], Tensor] = {}
+        """The inlined weights of the forwards that run now, by thread and name."""
+        self.copying: set[int] = set()
+        """The threads that copy or pickle the module now."""
 
     @property
     def held(self) -> bool:
         """Whether a `cached` block keeps the weights as they are."""
-        return any(block.active for block in self.blocks)
+        return bool(self.blocks) and any(block.active for block in self.blocks)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[type["Store"], tuple[()]]:
         return Store, ()
@@ -74,24 +78,43 @@ def store_of(module: nn.Module) -> Store:
 
 def versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
     """How often each tensor was changed in place."""
-    return tuple([0 if t is None or t.is_inference() else t._version for t in tensors])
+    try:
+        return tuple([tensor._version for tensor in tensors])
+    except (AttributeError, RuntimeError):  # None of a mask that is gone, and what inference mode made
+        return tuple([0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors])
 
 
 def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
     """Computes a weight and stores it."""
     store = store_of(module)
     store.pop(recipe.name, None)  # freed before its successor is allocated: the same memory is used again
+    value = _compute(module, recipe, by_read)
+    if type(value) is Tensor or not isinstance(value, torch.fx.Proxy):
+        sources = recipe.sources(module)
+        store[recipe.name] = Stored(value, sources, versions(sources), get_ident())
+        if (get_ident(), recipe.name) in store.running:  # a recompute within the forward of an inlined module
+            store.running[get_ident(), recipe.name] = value
+    return value
+
+
+def in_use(module: nn.Module, name: str) -> Tensor | None:
+    """The tensor that this thread was last given as the weight `name`."""
+    store = store_of(module)
+    stored = store.get(name)
+    return store.running.get((get_ident(), name), None if stored is None else stored.value)
+
+
+def _compute(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
+    """Computes a weight, for whom torch lets us."""
     try:
         value = recipe.compute(module)
     except RuntimeError:
         _refuse_sharded(module, recipe)
         raise
-    if isinstance(value, torch.fx.Proxy):
-        return value
     if type(value) is not Tensor:
         _refuse_sharded(module, recipe)
-    sources = recipe.sources(module)
-    store[recipe.name] = Stored(value, sources, versions(sources), by_read)
+        if isinstance(value, torch.fx.Proxy) and not by_read:
+            _refuse_symbolic_trace(module, recipe)
     return value
 
 
@@ -108,19 +131,26 @@ def _refuse_sharded(module: nn.Module, recipe: Recipe) -> None:
 
 def recompute(module: nn.Module, label: str) -> None:
     """Computes and stores every weight of `module` that bears `label`; within a captured graph, stores nothing."""
-    recompute_recipes(module, type(module)._normed_by_label[label])  # type: ignore[attr-defined]
+    if capture.capturing() or get_ident() not in store_of(module).copying:
+        recompute_recipes(module, type(module)._normed_by_label[label])  # type: ignore[attr-defined]
 
 
 def recompute_recipes(module: nn.Module, recipes: Iterable[Recipe]) -> None:
     """Computes and stores these weights of `module`; within a captured graph, stores nothing."""
-    captured = capture.capturing()
+    if capture.capturing():
+        for recipe in recipes:
+            _advance(module, recipe)
+        return
     for recipe in recipes:
-        if not captured and store_of(module).held and not _is_traced(module, recipe):
-            continue
-        if recipe.advance is not None and module.training:
-            recipe.advance(**recipe.read(module), **recipe.advance_options)
-        if not captured and isinstance(refresh(module, recipe), torch.fx.Proxy):
-            _refuse_symbolic_trace(module, recipe)
+        if not _is_held(module, recipe):
+            _advance(module, recipe)
+            refresh(module, recipe)
+
+
+def _advance(module: nn.Module, recipe: Recipe) -> None:
+    """What a recompute in training mode does first."""
+    if recipe.advance is not None and module.training:
+        recipe.advance(**(recipe.own(module) or recipe.read(module)), **recipe.advance_options)
 
 
 def _refuse_symbolic_trace(module: nn.Module, recipe: Recipe) -> None:
@@ -139,10 +169,11 @@ def _refuse_symbolic_trace(module: nn.Module, recipe: Recipe) -> None:
             )
 
 
-def _is_traced(module: nn.Module, recipe: Recipe) -> bool:
-    """Whether torch.jit.trace or torch.fx is looking: what they do not see now, they take for a constant."""
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or isinstance(getattr(module, recipe.attributes[0]), torch.fx.Proxy)
+def _is_held(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether a `cached` block keeps the weight; not from torch.jit.trace or torch.fx, which want to see all of it."""
+    if not store_of(module).held or torchscript.is_tracing():
+        return False
+    return capture.is_getattr_torchs() or not isinstance(getattr(module, recipe.attributes[0]), torch.fx.Proxy)
 
 
 def release(store: Store, recipes: Iterable[Recipe]) -> None:
@@ -157,10 +188,14 @@ on_read: Callable[[nn.Module, Recipe], None] | None = None
 """Called at every read of a normed weight in eager mode, while `detect_stale` is on."""
 
 
-def _is_current(stored: Stored, module: nn.Module, recipe: Recipe) -> bool:
-    """Whether what is stored was made of the tensors that are the parts now."""
-    same = all(map(operator.is_, stored.sources, recipe.sources(module)))
-    return same and not capture.left_by_functorch(stored.value)
+def is_current(stored: Stored, module: nn.Module, recipe: Recipe) -> bool:
+    """Whether what is stored was made of the tensors that are the parts now, and is for this thread."""
+    if stored.thread != get_ident() and not store_of(module).held:
+        return False
+    for then, now in zip(stored.sources, recipe.sources(module)):  # noqa: B905 - strict takes longer
+        if then is not now:
+            return False
+    return not capture.left_by_functorch(stored.value)
 
 
 class Derived:
@@ -180,12 +215,15 @@ class Derived:
         if on_read is not None:
             on_read(module, recipe)
         store = store_of(module)
+        if store.running:
+            running = store.running.get((get_ident(), recipe.name))
+            if running is not None:
+                return running
         stored = store.get(recipe.name)
-        if stored is None or not _is_current(stored, module, recipe):
-            return refresh(module, recipe, by_read=True)
-        # an inlined weight is not kept for others (see _run_inlined), and the forward of an RNN reads FlatWeights
-        if recipe.inlined and (stored.by_read or isinstance(module, nn.RNNBase)) and not store.held:
-            return refresh(module, recipe, by_read=True)
+        not_kept = recipe.inlined and not store.held  # for others than the module's own forward
+        if stored is None or not_kept or not is_current(stored, module, recipe):
+            of_another = stored is not None and stored.thread != get_ident()
+            return _compute(module, recipe, by_read=True) if of_another else refresh(module, recipe, by_read=True)
         return stored.value
 
     def __set__(self, module: nn.Module, value: Any) -> None:
@@ -200,7 +238,7 @@ class Derived:
 
 
 def _has_current(module: nn.Module, recipe: Recipe, stored: Mapping[str, Stored]) -> bool:
-    return recipe.name in stored and _is_current(stored[recipe.name], module, recipe)
+    return recipe.name in stored and is_current(stored[recipe.name], module, recipe)
 
 
 class FlatWeights:
@@ -247,19 +285,6 @@ class Carrier(nn.Module):
         store_of(self).clear()
         return applied
 
-    def _run_inlined(self, /, *arguments: Any, **keywords: Any) -> Any:
-        """The forward of an inlined module: its weights are there while its own forward runs, and no longer.
-
-        So whoever else reads one gets it computed for him, fresh and with a gradient of its own: nn.MultiheadAttention
-        reads the weight of a layer that it never calls.
-        """
-        recompute(self, INLINED)
-        try:
-            return self._forward_of_base(*arguments, **keywords)  # type: ignore[operator]
-        finally:
-            if not capture.capturing():
-                release(store_of(self), self._normed)
-
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for recipe in self._normed:
             recipe.norm.respell(state_dict, prefix, recipe.parts)
@@ -276,15 +301,47 @@ class Carrier(nn.Module):
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(max(protocol, 2))  # the older ones name the class differently
-        if reduced[0] is copyreg.__newobj__ and reduced[1] == (type(self),):  # type: ignore[attr-defined]
-            return rebuild, (base_of(self), self._normed), *reduced[2:]
-        return reduced
+        copying = store_of(self).copying
+        copying.add(get_ident())  # an RNN calls the method in which its weights are recomputed
+        try:
+            reduced: Any = super().__reduce_ex__(max(protocol, 2))  # the older ones name the class differently
+        finally:
+            copying.discard(get_ident())
+        if reduced[0] is not copyreg.__newobj__ or reduced[1] != (type(self),):  # type: ignore[attr-defined]
+            return reduced
+        _, _, state, *rest = reduced
+        if isinstance(state, dict):
+            own = torchscript.declarations(base_of(self), self._normed)  # which `rebuild` makes again
+            state = {key: value for key, value in state.items() if key not in own}
+        return rebuild, (base_of(self), self._normed), state, *rest
 
     def __prepare_scriptable__(self) -> "Carrier":
         torchscript.prepare(self, self._normed)
         store_of(self).clear()  # torch.jit.script copies the weight as it finds it: let it find a fresh one
         return self
+
+
+def _run_inlined(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
+    """The forward of an inlined module: its weights are there while its own forward runs, and no longer.
+
+    So whoever else reads one gets it computed for him, fresh and with a gradient of its own: nn.MultiheadAttention
+    reads the weight of a layer that it never calls.
+    """
+    if capture.capturing():
+        recompute(self, INLINED)
+        return self._forward_of_base(*arguments, **keywords)
+    recipes, store, thread = self._normed_by_label[INLINED], store_of(self), get_ident()
+    if store.blocks and _is_held(self, recipes[0]):
+        return self._forward_of_base(*arguments, **keywords)
+    try:
+        for recipe in recipes:
+            store.pop(recipe.name, None)  # what a recompute from outside left
+            _advance(self, recipe)
+            store.running[thread, recipe.name] = _compute(self, recipe)
+        return self._forward_of_base(*arguments, **keywords)
+    finally:
+        for recipe in recipes:
+            store.running.pop((thread, recipe.name), None)
 
 
 def _split_plain(module: nn.Module, recipe: Recipe, state_dict: dict[str, Any], prefix: str) -> str | None:
@@ -347,7 +404,7 @@ def _make_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.M
     ignored = [*getattr(base, "__jit_ignored_attributes__", []), "_normed_store"]
     namespace["__jit_ignored_attributes__"] = ignored  # TorchScript would try, long and in vain, to compile it
     namespace |= {recipe.name: Derived(recipe) for recipe in recipes}
-    namespace |= torchscript.methods(base, recipes, recompute)
+    namespace |= torchscript.methods(base, recipes, recompute, _run_inlined)
     if issubclass(base, nn.RNNBase):
         namespace["_flat_weights"] = FlatWeights()
     return type(base.__name__, (Carrier, base), namespace)
@@ -361,7 +418,7 @@ def rebuild(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> nn.Module:
         raise TypeError(f"a carrier carries recipes, and the data names {recipes!r}")
     cls = carrier_class(base, recipes)
     module = cls.__new__(cls)
-    module.__dict__["_normed_store"] = Store()
+    vars(module).update(torchscript.declarations(base, recipes), _normed_store=Store())
     return module
 
 

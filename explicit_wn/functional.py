@@ -5,6 +5,9 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from . import middle_dim
+from .torchscript import is_scripting, is_tracing
+
 
 def norm_except_dim(v: Tensor, pow: Union[int, float] = 2, dim: Optional[int] = 0) -> Tensor:
     """The p-norm of `v` over every dimension but `dim`, which keeps its length; the others become 1.
@@ -42,35 +45,52 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
         dim: the dimension that is kept, as in `norm_except_dim`.
         eps: the smallest norm that is divided by. At 0 a slice of zeros gives NaN, as in torch.
 
-    At `eps=0` this is torch's own kernel, to the last bit, except in double precision: that kernel's second derivatives
-    are wrong where it is fused (the first and the last dim). A gradient penalty in single precision wants an eps.
+    At `eps=0` this is torch's own kernel, to the last bit, except in double precision and for a `dim` between the first
+    and the last: where that kernel is fused, its second derivatives are wrong, and where it is not, it is slow. So a
+    gradient penalty in single precision wants an eps.
 
     >>> v, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0]])
     >>> weight_norm(v, g)
     tensor([[6., 8.]])
     """
     if eps > 0.0:
-        norm = norm_except_dim(v, 2, dim)
-        if isinstance(v, Tensor) and v.element_size() < 4:  # to half precision, most choices of eps are 0
-            return (v.float() * (g.float() / norm.float().clamp_min(eps))).to(v.dtype)
-        return v * (g / norm.clamp_min(eps))
-    if _is_empty(v) or _is_double(v):
-        # what torch's kernel cannot do: second derivatives (they are wrong), and weights without slices (a crash)
-        return v * (g / norm_except_dim(v, 2, dim))
+        if isinstance(v, Tensor) and v.element_size() < 4:  # in half precision eps may be 0, and the norm infinite
+            return _formula(v.float(), g.float(), dim, eps).to(v.dtype)
+        return _formula(v, g, dim, eps)
+    if dim is not None and dim > 0 and _is_for_middle_dim(v, dim):
+        if is_scripting():
+            return middle_dim.weight_norm(v, g, dim)
+        else:
+            return middle_dim.weight_norm_in_eager_mode(v, g, dim)
+    if _is_empty_or_double(v):
+        # what torch's kernel cannot do: second derivatives (they are wrong), and weights without entries (a crash)
+        return v * g if _is_empty(v) else _formula(v, g, dim, 0.0)
     if dim is None or dim == -1:
         return _in_layout_of(v, torch._weight_norm(v, g, -1))
     return _in_layout_of(v, torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim))
+
+
+def _formula(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Tensor:
+    norm = norm_except_dim(v, 2, dim)
+    return v * (g / (norm.clamp_min(eps) if eps > 0.0 else norm))
 
 
 # torch.fx traces with what is no Tensor, and torch.jit.trace with a numel() that is one: neither can be branched on
 
 
 def _is_empty(v: Tensor) -> bool:
-    return isinstance(v, Tensor) and not torch.jit.is_tracing() and v.numel() == 0
+    return isinstance(v, Tensor) and not is_tracing() and v.numel() == 0
 
 
-def _is_double(v: Tensor) -> bool:
-    return isinstance(v, Tensor) and v.dtype == torch.float64
+def _is_empty_or_double(v: Tensor) -> bool:
+    return isinstance(v, Tensor) and (v.dtype == torch.float64 or (not is_tracing() and v.numel() == 0))
+
+
+def _is_for_middle_dim(v: Tensor, dim: int) -> bool:
+    """Whether `dim` is neither the first nor the last, and `v` is large enough to gain by that."""
+    if not isinstance(v, Tensor) or is_tracing() or dim >= v.dim() - 1:
+        return False
+    return v.element_size() > 2 and v.is_contiguous() and v.numel() >= 4096
 
 
 def _in_layout_of(v: Tensor, weight: Tensor) -> Tensor:
@@ -86,7 +106,7 @@ def as_matrix(weight: Tensor, dim: int = 0) -> Tensor:
     >>> as_matrix(torch.ones(2, 3, 4), dim=1).shape
     torch.Size([3, 8])
     """
-    rows = weight.movedim(dim, 0)
+    rows = weight if dim == 0 else weight.movedim(dim, 0)
     return rows.reshape(rows.size(0), -1)
 
 
@@ -111,7 +131,8 @@ def power_iteration(
     (tensor([1.0000e+00, 1.0967e-19]), tensor(1.))
     """
     with torch.no_grad():
-        matrix = as_matrix(orig.detach(), dim)  # detached as well, since torch.jit.trace does not record no_grad
+        # detached as well, since torch.jit.trace does not record no_grad
+        matrix = as_matrix(orig.detach(), dim).to(u.dtype)
         for _ in range(n_power_iterations):
             if first == "u":
                 torch.nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=eps, out=u)
@@ -135,4 +156,5 @@ def spectral_norm(
         return torch.nn.functional.normalize(orig, dim=0, eps=eps)
     # the next power iteration changes u and v in place, perhaps before the gradient of this is taken: hence the copies
     u, v = u.clone(), v.clone()
-    return orig / torch.dot(u, torch.mv(as_matrix(orig, dim), v))
+    matrix = as_matrix(orig, dim).to(u.dtype)  # FSDP2 computes in half precision while buffers stay in single
+    return orig / torch.dot(u, torch.mv(matrix, v))

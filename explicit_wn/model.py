@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from . import carrier, spellings
+from . import carrier, spellings, torchscript
 from .reparametrization import Folded, Reparametrization, replaced_forward
 from .spellings import Found
 from .table import Table
@@ -278,7 +278,7 @@ def _show(value: Any) -> str:
 
 def _check(verb: str, model: Any, norm: Any = None) -> None:
     """Refuses what is no model in eager mode, and what is no norm object."""
-    eager = verb == "report" or not isinstance(model, torch.jit.ScriptModule)
+    eager = verb == "report" or not torchscript.is_scripted(model)
     if not isinstance(model, nn.Module) or isinstance(model, Reparametrization) or not eager:
         what = f"the norm {model!r}" if isinstance(model, Reparametrization) else f"a {type(model).__name__}"
         raise TypeError(f"{verb} wants the model first, an nn.Module in eager mode, and got {what}.")

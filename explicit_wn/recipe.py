@@ -110,7 +110,21 @@ class Recipe:
 
     def read(self, module: nn.Module) -> dict[str, Tensor]:
         """The parts as they are now, by suffix."""
-        return {part: _read_part(module, self.attribute(part)) for part in self.parts}
+        return {
+            part: _read_part(module, attribute) for part, attribute in zip(self.parts, self.attributes, strict=True)
+        }
+
+    def own(self, module: nn.Module) -> dict[str, Tensor] | None:
+        """`read` for the hot path: None if a part is neither a parameter nor a buffer, or if somebody looks on."""
+        if not capture.is_getattr_torchs():
+            return None
+        parameters, buffers, found = module._parameters, module._buffers, {}
+        for part, attribute in zip(self.parts, self.attributes):  # noqa: B905 - takes longer
+            value = parameters[attribute] if attribute in parameters else buffers.get(attribute)
+            if value is None:
+                return None
+            found[part] = value
+        return found
 
     def sources(self, module: nn.Module) -> tuple[Tensor, ...]:
         """The parameters and buffers behind the parts."""
@@ -127,7 +141,7 @@ class Recipe:
 
     def compute(self, module: nn.Module) -> Tensor:
         """The weight from the parts as they are now."""
-        return self.formula(**self.read(module), **self.formula_options)
+        return self.formula(**(self.own(module) or self.read(module)), **self.formula_options)
 
 
 def _read_part(module: nn.Module, attribute: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from . import carrier
 from .recipe import Recipe
-from .torchscript import Recomputable
+from .torchscript import Recomputable, is_scripted, is_scripting
 
 Module = TypeVar("Module", bound=nn.Module)
 Self = TypeVar("Self", bound="Reparametrization")
@@ -127,11 +127,10 @@ class Reparametrization(nn.Module):
         It means every parameter that this object was applied to in `module`, and the one that bears its `name`. In a
         graph that `torch.compile` or `torch.export` captures nothing is stored: the weight is part of the graph.
         """
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             module._recompute_normed(self.label)  # type: ignore[operator]
         else:
-            self._check_normed(module)
-            carrier.recompute(module, self.label)
+            carrier.recompute_recipes(module, self._normed_in(module))
 
     def call(self, module: Module) -> Module:
         """`recompute`, returning the module. `wn(module)` is the same."""
@@ -356,7 +355,7 @@ class Reparametrization(nn.Module):
             )
 
     def _check_module(self, module: Any, name: Any, verb: str = "norm") -> None:
-        if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
+        if not isinstance(module, nn.Module) or is_scripted(module):
             kind = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
             raise TypeError(f"{self!r} cannot {verb} {name!r} of {kind}: give it an nn.Module in eager mode.")
 
@@ -377,10 +376,13 @@ class Reparametrization(nn.Module):
         if reason:
             raise self._refusal(module, recipe.name, reason, verb=verb)
 
-    def _check_normed(self, module: Any) -> None:
-        if self.label not in getattr(type(module), "_normed_by_label", ()):
+    def _normed_in(self, module: Any) -> list[Recipe]:
+        """What a recompute of this object means in `module`."""
+        by_label: dict[str, list[Recipe]] = getattr(type(module), "_normed_by_label", {})
+        if self.label not in by_label:
             self._check_module(module, self.name, "recompute")
             raise self._not_normed(module, self.name, "recompute")
+        return by_label[self.label]
 
     def _not_normed(self, module: nn.Module, name: str, verb: str) -> Exception:
         by = ", ".join(repr(recipe.norm) for recipe in carrier.recipes_of(module)) or "no norm"

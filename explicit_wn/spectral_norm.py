@@ -104,8 +104,13 @@ class SpectralNorm(Reparametrization):
             return f'first is "u" or "v", not {self.first!r}'
         if weight.numel() == 0:
             return "it is empty, which leaves nothing to divide"
-        if not weight.is_meta and weight.dim() > 1 and not weight.detach().any():
+        if weight.is_meta or weight.dim() == 1:
+            return None
+        length = weight.detach().norm()
+        if length == 0:
             return "it is zero, which has no singular vectors and would give NaN; initialize it"
+        if length.isinf() and weight.isfinite().all():
+            return f"it is too large: {weight.dtype} cannot hold its norm; scale the weight down"
         return None
 
     def no_inverse(self, weight: Tensor) -> str | None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import operator
 import sys
 import threading
 import weakref
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import capture, carrier
+from . import carrier
 from .carrier import Stored
 from .recipe import Recipe
 from .reparametrization import Reparametrization
 from .table import Table
+from .torchscript import is_tracing
 from .weight_norm import WeightNorm
 
 # The computation, step by step
@@ -234,7 +234,7 @@ def _on_read(module: nn.Module, recipe: Recipe) -> None:
     stored = store.get(recipe.name)
     if not watches or stored is None or (recipe.inlined and not store.held) or _is_torchscript_looking():
         return
-    if capture.left_by_functorch(stored.value) or any(map(operator.is_not, stored.sources, recipe.sources(module))):
+    if not carrier.is_current(stored, module, recipe):
         return  # such a read computes the weight anew
     models = [watch.model for watch in watches if watch.model is not None]
     has_changed = [watch.has_changed(module, recipe, stored) for watch in watches]
@@ -247,8 +247,7 @@ def _on_read(module: nn.Module, recipe: Recipe) -> None:
 def _is_torchscript_looking() -> bool:
     """Whether torch.jit reads, which looks at every attribute of a module before it traces its forward."""
     reader = sys._getframe(3).f_globals.get("__name__", "")  # above this function, _on_read and the descriptor
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or reader.startswith("torch.jit")
+    return is_tracing() or reader.startswith("torch.jit")
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -492,8 +491,7 @@ class _Initializer(TorchFunctionMode):
     def _first_used(self, weight: Tensor) -> Iterator[str]:
         """The path of the layer whose weight this is, if it has not been initialized."""
         for path, layer in self.layers.items():
-            stored = carrier.store_of(layer).get("weight")
-            if path not in self.order and stored is not None and stored.value is weight:
+            if path not in self.order and carrier.in_use(layer, "weight") is weight:
                 yield path
 
 

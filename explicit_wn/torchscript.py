@@ -2,6 +2,8 @@
 
 TorchScript compiles source text, looks attributes up by literal names, and passes a module as an argument only through
 a *module interface*. So every class that `carrier.py` makes gets methods whose source is written here.
+
+A torch that has dropped TorchScript does without all this: then `script` says so, and everything else works.
 """
 
 import __future__
@@ -21,6 +23,10 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+_jit: Any = getattr(torch, "jit", None)
+_USED = ("Attribute", "annotations", "export", "freeze", "interface", "script")
+IS_THERE = all(hasattr(_jit, name) for name in _USED) and hasattr(torch._C, "_jit_pass_inline")
+
 if TYPE_CHECKING:
     from .recipe import Recipe
 
@@ -33,10 +39,24 @@ else:
         def _recompute_normed(self, label: str) -> None:
             pass
 
-    if hasattr(torch.jit, "interface"):
+    if IS_THERE:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.jit.interface is deprecated, and importing us is silent
-            Recomputable = torch.jit.interface(Recomputable)
+            Recomputable = _jit.interface(Recomputable)
+
+
+def _never() -> bool:
+    return False
+
+
+is_scripting: Callable[[], bool] = getattr(_jit, "is_scripting", _never)
+is_tracing: Callable[[], bool] = getattr(_jit, "is_tracing", _never)
+
+
+def is_scripted(module: Any) -> bool:
+    """Whether `module` is what `torch.jit.script` or `torch.jit.trace` returned."""
+    return hasattr(_jit, "ScriptModule") and isinstance(module, _jit.ScriptModule)
+
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -53,7 +73,12 @@ def script(model: nn.Module) -> Any:
     >>> torch.equal(frozen(torch.ones(1, 3)), layer(torch.ones(1, 3)))
     True
     """
-    scripted = torch.jit.script(model)
+    if not IS_THERE:
+        raise RuntimeError(
+            f"explicit_wn.script: torch {torch.__version__} has no TorchScript (torch.jit.script) any more. The same "
+            "model goes to torch.export.export as it is."
+        )
+    scripted = _jit.script(model)
     modules: list[Any] = list(scripted.modules())
     for module in modules:
         for name in module._c._method_names():
@@ -81,35 +106,36 @@ def prepare(module: nn.Module, recipes: "tuple[Recipe, ...]") -> None:
     wrapped = "_forward_of_base" in vars(carrier) or isinstance(module, nn.RNNBase)
     if not wrapped and base.forward is not nn.Module.forward:
         carrier._forward_of_base = _renamed(base.forward, "_forward_of_base")
-        carrier.forward = _wrapped_forward(base, _RECOMPUTE_IF_NEVER_TOLD, "_forward_of_base")
+        carrier.forward = _wrapped_forward(base, _RECOMPUTE_IF_NEVER_TOLD, _run_base)
 
 
-def methods(base: type[nn.Module], recipes: "tuple[Recipe, ...]", recompute: Callable[..., None]) -> dict[str, Any]:
+def methods(
+    base: type[nn.Module],
+    recipes: "tuple[Recipe, ...]",
+    recompute: Callable[..., None],
+    run_inlined: Callable[..., Any],
+) -> dict[str, Any]:
     """What a class that carries `recipes` needs for TorchScript, and `forward` where one of them is inlined.
 
-    In eager mode they call `recompute(module, label)`, and the method `_run_inlined`.
+    In eager mode they are `recompute(module, label)` and `run_inlined(module, ...)`.
     """
-    scope: dict[str, Any] = {"torch": torch, "recompute": recompute}
+    scope: dict[str, Any] = {"is_scripting": is_scripting, "recompute": recompute}
     made: dict[str, Any] = {}
     is_rnn, inlined = issubclass(base, nn.RNNBase), any(recipe.inlined for recipe in recipes)
     exported = _define(_recompute_source(recipes, scope, is_rnn), "_recompute_normed", base, scope)
-    made["_recompute_normed"] = torch.jit.export(exported)
+    made["_recompute_normed"] = _jit.export(exported) if IS_THERE else exported
     if is_rnn:  # the first thing that the forward of an RNN calls; that forward itself is overloaded and stays as it is
-        before = (
-            _RECOMPUTE_INLINED
-            if inlined
-            else f"if torch.jit.is_scripting():\n{indent(_RECOMPUTE_IF_NEVER_TOLD, '    ')}"
-        )
+        before = _RECOMPUTE_INLINED if inlined else f"if is_scripting():\n{indent(_RECOMPUTE_IF_NEVER_TOLD, '    ')}"
         source = "def _update_flat_weights(self) -> None:\n" + indent(before, "    ")
         made["_update_flat_weights"] = _define(source, "_update_flat_weights", base, scope)
     elif inlined and base.forward is not nn.Module.forward:
         made["_forward_of_base"] = _renamed(base.forward, "_forward_of_base")
-        made["forward"] = _wrapped_forward(base, _RECOMPUTE_INLINED, "_run_inlined")
+        made["forward"] = _wrapped_forward(base, _RECOMPUTE_INLINED, run_inlined)
     return made
 
 
-_RECOMPUTE_INLINED = 'self._recompute_normed("inlined")\n'
-_RECOMPUTE_IF_NEVER_TOLD = 'if not self._was_told_to_recompute:\n    self._recompute_normed("")\n'
+_RECOMPUTE_INLINED = 'self._recompute_normed("inlined")'
+_RECOMPUTE_IF_NEVER_TOLD = 'if not self._was_told_to_recompute:\n    self._recompute_normed("")'
 
 
 def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[str, Any]:
@@ -117,16 +143,18 @@ def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[s
 
     They only declare the types; the values are those that the class's descriptors of the same names give.
     """
-    declared = {recipe.name: torch.jit.Attribute(None, torch.Tensor) for recipe in recipes}
+    if not IS_THERE:
+        return {}
+    declared = {recipe.name: _jit.Attribute(None, torch.Tensor) for recipe in recipes}
     if issubclass(base, nn.RNNBase):
-        declared["_flat_weights"] = torch.jit.Attribute(None, list[torch.Tensor])
-    declared["_was_told_to_recompute"] = torch.jit.Attribute(False, bool)
+        declared["_flat_weights"] = _jit.Attribute(None, list[torch.Tensor])
+    declared["_was_told_to_recompute"] = _jit.Attribute(False, bool)
     return declared
 
 
 def _recompute_source(recipes: "tuple[Recipe, ...]", scope: dict[str, Any], is_rnn: bool) -> str:
     """The source of `_recompute_normed`; the functions it calls are added to `scope`."""
-    lines = ["def _recompute_normed(self, label: str) -> None:", "    if torch.jit.is_scripting():"]
+    lines = ["def _recompute_normed(self, label: str) -> None:", "    if is_scripting():"]
     labels = dict.fromkeys(label for recipe in recipes for label in recipe.labels)
     keyword = "if"
     for label in labels:
@@ -164,39 +192,36 @@ def _statements(
         yield f"self._flat_weights[self._flat_weights_names.index({recipe.name!r})] = self.{recipe.name}"
 
 
-def _wrapped_forward(base: type[nn.Module], before: str, eager: str) -> Any:
-    """A forward that does `before` in TorchScript, which reads its signature: the base's, word for word.
+def _wrapped_forward(base: type[nn.Module], before: str, eager: Any) -> Any:
+    """The function `eager` as the forward of a class; TorchScript unwraps it, and finds one that does `before` first.
 
-    In eager mode it calls the method `eager`.
+    That one has the signature of the base's, word for word.
     """
     forward: Any = base.forward
-    parameters, arguments, returns, comment = _signature(inspect.unwrap(forward))
-    source = f"def forward({parameters}){returns}:\n"
-    source += f"    {comment}\n" if comment else ""
-    source += f"    if {_IS_SCRIPTING}():\n{indent(before, ' ' * 8)}"
-    source += f"        return self._forward_of_base({arguments})\n"
-    source += f"    else:\n        return self.{eager}({arguments})\n"
-    scope = {**_names_of(inspect.unwrap(forward)), _IS_SCRIPTING: torch.jit.is_scripting}  # type: ignore[attr-defined]
-    made: Any = _define(source, "forward", base, scope)
+    inner: Any = inspect.unwrap(forward)
+    parameters, arguments, returns, comment = _signature(inner)
+    lines = [*([comment] if comment else []), before, f"return self._forward_of_base({arguments})"]
+    source = f"def forward({parameters}){returns}:\n" + indent("\n".join(lines), "    ") + "\n"
+    written: Any = _define(source, "forward", base, _names_of(inner))
     if parameters == _ANYTHING:
-        made.__signature__ = inspect.signature(forward)
+        written.__signature__ = inspect.signature(forward)
     else:
-        inner: Any = inspect.unwrap(forward)
-        made.__defaults__, made.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__
-    if hasattr(forward, "__wrapped__"):
-        # eager mode takes what the decorator takes; TorchScript unwraps, as it always does
-        written = made
-        made = _define(f"def forward({_ANYTHING}):\n    return self.{eager}(*args, **kwargs)\n", "forward", base, scope)
-        made.__wrapped__ = written
-    for function in (made, inspect.unwrap(made)):
+        written.__defaults__, written.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__
+    used = {name: eager.__globals__[name] for name in eager.__code__.co_names if name in eager.__globals__}
+    made: Any = FunctionType(eager.__code__, {**_names_of(inner), **used}, "forward")  # TorchScript wants both there
+    made.__wrapped__ = written
+    for function in (made, written):
         for name in ("__annotations__", "__module__", "__qualname__", "__doc__"):
             if hasattr(forward, name):
                 setattr(function, name, getattr(forward, name))
     return made
 
 
+def _run_base(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
+    return self._forward_of_base(*arguments, **keywords)
+
+
 _ANYTHING = "self, /, *args, **kwargs"
-_IS_SCRIPTING = "_explicit_wn_is_scripting"  # no forward has a parameter of this name
 
 
 def _names_of(function: Any) -> dict[str, Any]:
@@ -250,7 +275,7 @@ def _signature(forward: Any) -> tuple[str, str, str, str | None]:
     names.kw_defaults = [default and nothing for default in names.kw_defaults]
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     try:
-        comment = torch.jit.annotations.get_type_line(source)  # type: ignore[no-untyped-call]
+        comment = _jit.annotations.get_type_line(source) if IS_THERE else None
     except RuntimeError:  # comments that TorchScript itself cannot make sense of
         comment = None
     return ast.unparse(names), ", ".join(arguments), returns, comment

@@ -76,12 +76,19 @@ class WeightNorm(Reparametrization):
             return f"eps={self.eps!r} is 0 in single precision; take a larger one (1e-12, say)"
         if weight.is_meta or weight.numel() == 0:
             return None
-        zeros = (self.split(weight.detach())["g"].flatten() == 0).nonzero().flatten().tolist()
-        if not zeros:
+        g = self.split(weight.detach())["g"].flatten()
+        if g.isinf().any() and weight.isfinite().all():
+            return f"{self._where(g.isinf())} too large: {weight.dtype} cannot hold the norm; scale the weight down"
+        if not (g == 0).any():
             return None
-        where = "all of it is" if self.dim is None else f"along dim {self.dim}, the slices {_some(zeros)} are"
         eps = 1e-6 if weight.dtype == torch.float16 else 1e-12
-        return f"{where} zero, which has no direction and would give NaN; initialize it, or set eps ({eps}, say)"
+        why = "zero, which has no direction and would give NaN"
+        return f"{self._where(g == 0)} {why}; initialize it, or set eps ({eps}, say)"
+
+    def _where(self, found: Tensor) -> str:
+        """The slices that were found, as the beginning of a sentence."""
+        indices = found.nonzero().flatten().tolist()
+        return "all of it is" if self.dim is None else f"along dim {self.dim}, the slices {_some(indices)} are"
 
     @classmethod
     def from_r(cls, name: str, dim: int | None) -> "WeightNorm":

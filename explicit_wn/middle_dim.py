@@ -1,0 +1,73 @@
+"""Weight norm over all dimensions but one in the middle, as for the output channels of a ConvTranspose.
+
+torch's kernel is fused for the first and the last dim only; for one between them it takes several times as long. Here
+the weight is seen as a matrix whose rows are the dimensions before `dim`, and summed over the rows first, in long
+stretches of memory; the gradient is written out, in fewer passes over the weight than autograd makes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import capture
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    """`g * v / ‖v‖`, with the norm over every dimension but `dim`, as autograd and TorchScript can take it."""
+    matrix = _as_matrix(v, dim)
+    scale = g.flatten() / _over_rest(matrix * matrix, g).sqrt()
+    return (matrix * _over_columns(scale, matrix)).view_as(v)
+
+
+def _as_matrix(v: Tensor, dim: int) -> Tensor:
+    """What comes before `dim` as rows, `dim` and what comes after it as columns."""
+    return v.flatten(0, dim - 1).flatten(1)
+
+
+def _over_rest(matrix: Tensor, g: Tensor) -> Tensor:
+    """The sum for each entry of `g`."""
+    return matrix.sum(0).view(g.numel(), -1).sum(1)
+
+
+def _over_columns(scale: Tensor, matrix: Tensor) -> Tensor:
+    """Each entry of `scale` for all the columns that belong to it."""
+    return scale.unsqueeze(1).expand(-1, matrix.size(1) // scale.numel()).reshape(-1)
+
+
+class _WeightNorm(torch.autograd.Function):
+    """The same with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor, dim: int) -> Tensor:
+        matrix = _as_matrix(v, dim)
+        squares = matrix * matrix
+        norm = _over_rest(squares, g).sqrt()
+        ctx.dim = dim
+        ctx.save_for_backward(v, g, norm)
+        return torch.mul(matrix, _over_columns(g.flatten() / norm, matrix), out=squares).view_as(v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        v, g, norm = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a gradient of the gradient, which is autograd's affair
+            wanted = [part for part, needed in zip((v, g), ctx.needs_input_grad[:2], strict=True) if needed]
+            found = iter(torch.autograd.grad(weight_norm(v, g, ctx.dim), wanted, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
+        matrix, grad = _as_matrix(v, ctx.dim), _as_matrix(grad.contiguous(), ctx.dim)
+        products = grad * matrix
+        grad_g, scale = _over_rest(products, g) / norm, g.flatten() / norm
+        torch.mul(grad, _over_columns(scale, matrix), out=products)
+        grad_v = products.addcmul_(matrix, _over_columns(grad_g * scale / norm, matrix), value=-1)
+        return grad_v.view_as(v), grad_g.view_as(g), None
+
+
+def weight_norm_in_eager_mode(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    """The fastest of them for whoever asks."""
+    if capture.capturing():
+        return torch._weight_norm(v, g, dim)  # which a compiler takes to pieces
+    differentiable = torch.is_grad_enabled() and (v.requires_grad or g.requires_grad)
+    if differentiable and not capture.is_transformed():
+        result: Tensor = _WeightNorm.apply(v, g, dim)  # type: ignore[no-untyped-call]
+        return result
+    return weight_norm(v, g, dim)
