@@ -46,24 +46,27 @@ def is_getattr_torchs() -> bool:
     return torch.nn.Module.__getattr__ is _getattr
 
 
-@torch.library.custom_op("explicit_wn::held", mutates_args=())
-def held(tensor: Tensor) -> Tensor:
+@functools.cache
+def held() -> Formula:
     """A copy that the backward of a compiled graph keeps, where it would make a `clone` again.
 
     It would make it from a buffer that the forward has changed in place meanwhile, and get another gradient
     (https://github.com/pytorch/pytorch/pull/197039).
     """
-    return tensor.clone()
 
+    @torch.library.custom_op("explicit_wn::held", mutates_args=())
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.clone()
 
-@held.register_fake
-def _held_fake(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor)
+    @copy.register_fake
+    def _fake(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor)
 
+    @copy.register_vmap
+    def _vmap(info: Any, in_dims: tuple[int | None, ...], tensor: Tensor) -> tuple[Tensor, int | None]:
+        return copy(tensor), in_dims[0]
 
-@held.register_vmap
-def _held_under_vmap(info: Any, in_dims: tuple[int | None, ...], tensor: Tensor) -> tuple[Tensor, int | None]:
-    return held(tensor), in_dims[0]
+    return copy
 
 
 @functools.cache
@@ -91,11 +94,13 @@ def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
         known = _traces.setdefault(trace.tracer, {})
         if key not in known or known[key][0] != state:
             if torch.is_grad_enabled() and not torch.compiler.is_exporting():
-                arguments |= {name: held(arguments[name]) for name in changing if name in arguments}
+                arguments |= {name: held()(arguments[name]) for name in changing if name in arguments}
             known[key] = state, formula(**arguments), tensors  # the tensors are kept, so that no id is used again
         result: Tensor = known[key][1]
         return result
 
+    if changing:
+        held()  # registered now, which takes milliseconds, and not while a graph is captured
     _once.append(computed_once)
     return computed_once
 

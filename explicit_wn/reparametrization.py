@@ -12,8 +12,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from . import carrier
+from .interface import Recomputable
 from .recipe import Recipe
-from .torchscript import Recomputable, is_scripted, is_scripting
+from .torchscript import is_scripted, is_scripting
 
 Module = TypeVar("Module", bound=nn.Module)
 Self = TypeVar("Self", bound="Reparametrization")

@@ -12,7 +12,6 @@ import ast
 import contextlib
 import inspect
 import linecache
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from textwrap import dedent, indent
@@ -29,20 +28,6 @@ IS_THERE = all(hasattr(_jit, name) for name in _USED) and hasattr(torch._C, "_ji
 
 if TYPE_CHECKING:
     from .recipe import Recipe
-
-    Recomputable = nn.Module
-else:
-
-    class Recomputable(nn.Module):
-        """What `recompute` accepts: a module that can rebuild the weights that bear a label."""
-
-        def _recompute_normed(self, label: str) -> None:
-            pass
-
-    if IS_THERE:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit.interface is deprecated, and importing us is silent
-            Recomputable = _jit.interface(Recomputable)
 
 
 def _never() -> bool:
