@@ -5,8 +5,7 @@ that however many reads follow one `recompute`, the captured graph holds one com
 
 The private torch names used here, each for want of a public one:
 
-- `torch._C._functorch.is_dead_tensor_wrapper`: a tensor that a finished `grad` or `vmap` left behind.
-- `torch._C._are_functorch_transforms_active` and `torch.autograd.forward_ad._current_level`: whether one runs now.
+- `torch._C._are_functorch_transforms_active` and `torch.autograd.forward_ad._current_level`: whether a transform runs.
 - `torch.fx.experimental.proxy_tensor.get_proxy_mode`: the trace that is running, whose lifetime `once` shares.
 - the mark `_dynamo_marked_constant`, which is all that `torch.compiler.assume_constant_result` sets; that function
   imports Dynamo, which takes longer than importing torch.
@@ -28,9 +27,6 @@ _traces: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDicti
 
 capturing = torch.compiler.is_compiling
 """Whether `torch.compile` or `torch.export` is reading the code that runs now."""
-
-left_by_functorch: Callable[[Tensor], bool] = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
-"""Whether a tensor belongs to a functorch transform that is over."""
 
 
 def is_transformed() -> bool:

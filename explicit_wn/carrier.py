@@ -93,7 +93,7 @@ def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
     store = store_of(module)
     store.pop(recipe.name, None)  # freed before its successor is allocated: the same memory is used again
     value = _compute(module, recipe, by_read)
-    if type(value) is Tensor or not isinstance(value, torch.fx.Proxy):
+    if not (capture.is_transformed() or isinstance(value, torch.fx.Proxy)):
         sources = recipe.sources(module)
         store[recipe.name] = Stored(value, sources, versions(sources), get_ident())
         if (get_ident(), recipe.name) in store.running:  # a recompute within the forward of an inlined module
@@ -140,7 +140,7 @@ def recompute(module: nn.Module, label: str) -> None:
 
 
 def recompute_recipes(module: nn.Module, recipes: Iterable[Recipe]) -> None:
-    """Computes and stores these weights of `module`; within a captured graph, stores nothing."""
+    """Computes and stores these weights of `module`; stores nothing for a captured graph or a functorch transform."""
     if capture.capturing():
         for recipe in recipes:
             _advance(module, recipe)
@@ -148,7 +148,10 @@ def recompute_recipes(module: nn.Module, recipes: Iterable[Recipe]) -> None:
     for recipe in recipes:
         if not _is_held(module, recipe):
             _advance(module, recipe)
-            refresh(module, recipe)
+            if capture.is_transformed():
+                store_of(module).pop(recipe.name, None)  # whoever reads it computes it
+            else:
+                refresh(module, recipe)
 
 
 def _advance(module: nn.Module, recipe: Recipe) -> None:
@@ -201,7 +204,7 @@ def is_current(stored: Stored, module: nn.Module, recipe: Recipe) -> bool:
         if parameters.get(name) is not source and buffers.get(name) is not source:
             now = recipe.sources(module)  # a part that another tool computes may have several
             return len(now) == len(stored.sources) and all(map(operator.is_, now, stored.sources))
-    return not capture.left_by_functorch(stored.value)
+    return True
 
 
 class Derived:
@@ -253,7 +256,7 @@ class FlatWeights:
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
             return self
-        stored = {} if capture.capturing() else store_of(module)
+        stored = {} if capture.capturing() else dict(store_of(module))  # which another thread may change meanwhile
         if on_read is not None and stored:
             for recipe in module._normed:
                 on_read(module, recipe)
@@ -445,9 +448,15 @@ def carry(module: nn.Module, recipes: tuple[Recipe, ...]) -> None:
 @contextlib.contextmanager
 def all_or_nothing(*modules: nn.Module) -> Iterator[None]:
     """What happens to `modules` in this block happens whole; an exception, Ctrl-C included, undoes it."""
-    before = [(m, type(m), dict(vars(m)), [(vars(m)[n], vars(m)[n].copy()) for n in _CONTAINERS]) for m in modules]
+
+    def copied(container: Any) -> Any:
+        return container.copy() if container else ()  # most are empty
+
+    before = [(m, type(m), dict(vars(m)), [(vars(m)[n], copied(vars(m)[n])) for n in _CONTAINERS]) for m in modules]
     try:
         yield
+    except GeneratorExit:  # nothing failed in the block: Ctrl-C came before contextlib could end it
+        raise
     except BaseException:
         for module, cls, attributes, contents in before:
             module.__class__ = cls

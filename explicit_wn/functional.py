@@ -64,15 +64,14 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
             return middle_dim.weight_norm_in_eager_mode(v, g, dim)
     if _is_empty_or_double(v):
         # what torch's kernel cannot do: second derivatives (they are wrong), and weights without entries (a crash)
-        return v * g if _is_empty(v) else _formula(v, g, dim, 0.0)
+        return v * g if _is_empty(v) else v * (g / norm_except_dim(v, 2, dim))
     if dim is None or dim == -1:
         return _in_layout_of(v, torch._weight_norm(v, g, -1))
     return _in_layout_of(v, torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim))
 
 
 def _formula(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Tensor:
-    norm = norm_except_dim(v, 2, dim)
-    return v * (g / (norm.clamp_min(eps) if eps > 0.0 else norm))
+    return v * (g / norm_except_dim(v, 2, dim).clamp_min(eps))
 
 
 # torch.fx traces with what is no Tensor, and torch.jit.trace with a numel() that is one: neither can be branched on

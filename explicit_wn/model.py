@@ -187,7 +187,8 @@ def fold(model: nn.Module) -> list[str]:
         for module in model.modules():
             for key, child in module._modules.items():
                 if isinstance(child, Reparametrization) and child.label in ended:
-                    module._modules[key] = Folded(child)  # in this place; another model may use the object still
+                    inert = Folded(child).train(child.training)
+                    module._modules[key] = inert  # in this place; another model may use the object still
     return [name for name, _, _ in folded]
 
 

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import keyword
+import weakref
 from collections.abc import Callable
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,7 @@ class Recipe:
 
     def __attrs_post_init__(self) -> None:
         self._check()
+        object.__setattr__(self, "settings", tuple((field, _exact(value)) for field, value in self.settings))
         kind, settings = self.norm_class.kind, dict(self.settings)
         name, formula, advance = settings["name"], self.norm_class.formula, self.norm_class.advance
         known = {*self.parts, *settings}
@@ -142,6 +144,32 @@ class Recipe:
     def compute(self, module: nn.Module) -> Tensor:
         """The weight from the parts as they are now."""
         return self.formula(**(self.own(module) or self.read(module)), **self.formula_options)
+
+
+def _exact(value: Any) -> Any:
+    """A setting as what it is written as in source, whatever a subclass calls itself (an enum, or a float of NumPy)."""
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return value if type(value) is kind else getattr(kind, f"__{kind.__name__}__")(value)
+    return value
+
+
+_recipes: "weakref.WeakValueDictionary[Any, Recipe]" = weakref.WeakValueDictionary()
+
+
+def recipe_for(
+    norm_class: "type[Reparametrization]",
+    settings: tuple[tuple[str, Any], ...],
+    parts: tuple[str, ...],
+    owner: str,
+    inlined: bool,
+) -> Recipe:
+    """The recipe with these fields; the same one for all the layers of a model."""
+    key = norm_class, repr(settings), parts, owner, inlined  # by repr, since 0 == 0.0
+    recipe = _recipes.get(key)
+    if recipe is None:
+        recipe = _recipes[key] = Recipe(norm_class, settings, parts, owner, inlined)
+    return recipe
 
 
 def _read_part(module: nn.Module, attribute: str) -> Tensor:

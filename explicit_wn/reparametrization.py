@@ -2,6 +2,7 @@
 
 import inspect
 import keyword
+import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from . import carrier
+from . import carrier, torchscript
 from .interface import Recomputable
-from .recipe import Recipe
+from .recipe import Recipe, recipe_for
 from .torchscript import is_scripted, is_scripting
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -261,7 +262,7 @@ class Reparametrization(nn.Module):
 
     def _recipe_for(self, parts: tuple[str, ...], owner: str, inlined: bool) -> Recipe:
         settings = tuple((f.name, getattr(self, f.name)) for f in attrs.fields(type(self)))  # type: ignore[arg-type]
-        return Recipe(type(self), settings, parts, owner, inlined)
+        return recipe_for(type(self), settings, parts, owner, inlined)
 
     def _resolve(self: Self, module: Any, name: str | None, dim: int | str | None) -> tuple[Self, nn.Parameter]:
         """This norm with the settings that hold for one parameter of `module`, and that parameter."""
@@ -311,8 +312,11 @@ class Reparametrization(nn.Module):
             h for h in module._forward_pre_hooks.values() if type(h).__module__ in [f.__module__ for f in own_hooks]
         ]
         parameter = module._parameters.get(name)
+        reserved = hasattr(carrier.Carrier, name) or name.startswith(("__", "_normed")) or name in torchscript.NAMES
         if "." in name:
             reason = f"apply wants the module that owns the parameter: apply(model.{name.rpartition('.')[0]})"
+        elif reserved or unicodedata.normalize("NFKC", name) != name:
+            reason = "torch, Python or explicit_wn needs that name itself; register the parameter under another"
         elif name in by_us:
             clash = {f"{name}_{part}" for part in by_us[name].part_names() & self.part_names()}
             both = f" (both would keep a part in {', '.join(map(repr, sorted(clash)))})" if clash else ""

@@ -106,7 +106,7 @@ class SpectralNorm(Reparametrization):
             return "it is empty, which leaves nothing to divide"
         if weight.is_meta or weight.dim() == 1:
             return None
-        length = weight.detach().norm()
+        length = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).norm()
         if length == 0:
             return "it is zero, which has no singular vectors and would give NaN; initialize it"
         if length.isinf() and weight.isfinite().all():

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import inspect
 import linecache
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from textwrap import dedent, indent
@@ -44,6 +45,9 @@ def is_scripted(module: Any) -> bool:
 
 
 Module = TypeVar("Module", bound=nn.Module)
+
+NAMES = ("_recompute_normed", "_forward_of_base", "_was_told_to_recompute")
+"""What a carrier has for TorchScript, besides `forward`."""
 
 
 def script(model: nn.Module) -> Any:
@@ -166,7 +170,7 @@ def _statements(
         name = f"{own}_{index}"
         scope[name] = function
         parts = [f"{part}=self.{recipe.attribute(part)}" for part in recipe.parts]
-        options = [f"{option}={value!r}" for option, value in recipe.options_of(function).items()]
+        options = [f"{option}={_literal(value)}" for option, value in recipe.options_of(function).items()]
         return f"{name}({', '.join(parts + options)})"
 
     if recipe.advance is not None and advance:
@@ -175,6 +179,11 @@ def _statements(
     yield f"self.{recipe.name} = {call(recipe.formula)}"
     if is_rnn:
         yield f"self._flat_weights[self._flat_weights_names.index({recipe.name!r})] = self.{recipe.name}"
+
+
+def _literal(value: Any) -> str:
+    """A setting as source."""
+    return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
 def _wrapped_forward(base: type[nn.Module], before: str, eager: Any) -> Any:

@@ -3,6 +3,7 @@
 A pin that fails tells that torch has changed, and its docstring what to do then.
 """
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -277,31 +278,63 @@ def test_pin_the_tracer_is_the_same_throughout_a_trace_and_weakly_referable() ->
     assert seen[0] is not None
 
 
-def test_pin_functorch_tells_its_dead_tensors() -> None:
-    """A stored weight that `grad` left behind is told by it. If it is gone, compare the levels of the transforms."""
-    left = []
+TRANSFORMS: list[Callable[..., Any]] = [
+    torch.func.grad,
+    torch.func.hessian,
+    lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
+    lambda f: lambda x: torch.func.vmap(lambda scale: f(scale * x))(torch.ones(2)),
+]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_pin_functorch_tells_whether_a_transform_runs(transform: Callable[..., Any]) -> None:
+    """While one does, nothing is stored: it would be a wrapper that is dead afterwards."""
+    seen = []
 
     def function(x: Tensor) -> Tensor:
-        left.append(x * 2)
-        assert not torch._C._functorch.is_dead_tensor_wrapper(left[-1])
-        return left[-1].sum()
+        seen.append(capture.is_transformed())
+        return x.square().sum()
 
-    torch.func.grad(function)(torch.ones(2))
-    assert torch._C._functorch.is_dead_tensor_wrapper(left[0])
-    assert not torch._C._functorch.is_dead_tensor_wrapper(torch.ones(2))
-    assert not torch._C._functorch.is_dead_tensor_wrapper(nn.Parameter(torch.ones(2)))
+    assert not capture.is_transformed()
+    transform(function)(torch.ones(4, 3))
+    assert seen
+    assert all(seen)
+    with torch.autograd.forward_ad.dual_level():
+        assert capture.is_transformed()
+    assert not capture.is_transformed()
 
 
-@pytest.mark.parametrize(
-    "transform", [torch.func.grad, torch.func.hessian, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))]
-)
-def test_a_weight_that_functorch_left_behind_is_not_read(transform: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_functorch_leaves_nothing_in_the_module(transform: Callable[..., Any], fails: bool) -> None:
     model, x = Net(reads=1), torch.randn(4, 3)
-    transform(lambda x: model(x).square().sum())(x)
-    assert capture.left_by_functorch(carrier.store_of(model.fc)["weight"].value)
-    assert not capture.left_by_functorch(model.fc.weight)
+    model(x)
+    with torch.no_grad():
+        model.fc.weight_g.mul_(2)
+    seen = []
+
+    def loss(x: Tensor) -> Tensor:
+        seen.append(1)
+        value = model(x).square().sum()
+        if fails:
+            raise ArithmeticError
+        return value
+
+    with pytest.raises(ArithmeticError) if fails else contextlib.nullcontext():
+        transform(loss)(x)
+    assert seen
+    assert carrier.store_of(model.fc) == {}
     torch.testing.assert_close(model.fc.weight, by_hand(model.fc))
     torch.autograd.grad(model.fc(x).sum(), model.fc.weight_g)
+
+
+def test_a_weight_is_fresh_within_a_transform_that_does_not_know_the_parts() -> None:
+    model, x = Net(reads=1), torch.randn(4, 3)
+    model(x)
+    with torch.no_grad():
+        model.fc.weight_g.mul_(2)
+    found = torch.func.grad(lambda x: model(x).sum())(x)
+    torch.testing.assert_close(found, by_hand(model.fc).sum(0).expand(4, 3))
 
 
 @pytest.mark.parametrize("strict", [False, True])
