@@ -54,9 +54,16 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     tensor([[6., 8.]])
     """
     if eps > 0.0:
-        if isinstance(v, Tensor) and v.element_size() < 4:  # in half precision eps may be 0, and the norm infinite
-            return _formula(v.float(), g.float(), dim, eps).to(v.dtype)
-        return _formula(v, g, dim, eps)
+        # in half precision eps may be 0, and the norm infinite
+        if is_scripting():  # nearly without branches, of which torch.jit.freeze resolves but so many
+            if v.numel() == 0:
+                return v * g
+            wide = torch.promote_types(v.dtype, torch.float32)
+            norm = torch.norm_except_dim(v.to(wide), 2, -1 if dim is None else dim).clamp_min(eps)
+            return (v.to(wide) * (g.to(wide) / norm)).to(v.dtype)
+        elif isinstance(v, Tensor) and v.element_size() < 4:
+            return _clamped(v.float(), g.float(), dim, eps).to(v.dtype)
+        return _clamped(v, g, dim, eps)
     if dim is not None and dim > 0 and _is_for_middle_dim(v, dim):
         if is_scripting():
             return middle_dim.weight_norm(v, g, dim)
@@ -70,7 +77,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     return _in_layout_of(v, torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim))
 
 
-def _formula(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Tensor:
+def _clamped(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Tensor:
     return v * (g / norm_except_dim(v, 2, dim).clamp_min(eps))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import explicit_wn
-from explicit_wn import WeightNorm
+from explicit_wn import WeightNorm, functional
 
 
 def by_hand(module: Any, dim: int = 0) -> Tensor:
@@ -594,3 +594,33 @@ def test_scripting_changes_nothing_for_the_eager_modules_of_that_class() -> None
         change_parts(each.fc)
         torch.testing.assert_close(each.fc(x), stale)
     assert type(WeightNorm().remove(model.fc)) is nn.Linear
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 1.0])
+@pytest.mark.parametrize("dim", [None, 0, 1, 2])
+def test_a_frozen_script_computes_no_norm_and_shares_nothing_with_the_model(eps: float, dim: int | None) -> None:
+    """torch.jit.freeze resolves branches a few times only: a formula with too many stays in the graph."""
+    model = nn.Sequential(WeightNorm(dim=dim, eps=eps).inline(nn.ConvTranspose1d(32, 32, 7))).eval()
+    x = torch.randn(2, 32, 9)
+    expected = model(x)
+    frozen: Any = torch.jit.freeze(explicit_wn.script(model))
+    with torch.no_grad():
+        for name in "weight_g", "weight_v":  # torch shares the bias, with a plain layer as well
+            model[0].get_parameter(name).add_(1)
+    torch.testing.assert_close(frozen(x), expected)
+    computing = {node.kind() for node in frozen.graph.nodes() if node.kind().startswith("aten::")}
+    assert computing == {"aten::conv_transpose1d"}
+
+
+@pytest.mark.parametrize("dim", [None, 0, 1, -2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (4, 0)])
+def test_the_scripted_formula_with_eps_is_that_of_eager_mode(
+    shape: tuple[int, int], dtype: torch.dtype, dim: int | None
+) -> None:
+    v = torch.randn(shape).to(dtype)
+    g = torch.rand([] if dim is None else [size if index == dim % 2 else 1 for index, size in enumerate(shape)]).to(
+        dtype
+    )
+    scripted = torch.jit.script(functional.weight_norm)
+    torch.testing.assert_close(scripted(v, g, dim, 0.5), functional.weight_norm(v, g, dim, 0.5))
