@@ -21,7 +21,7 @@ from torch import Tensor
 
 Formula = Callable[..., Tensor]
 
-_once: list[Formula] = []
+_once: "weakref.WeakValueDictionary[Any, Formula]" = weakref.WeakValueDictionary()
 _traces: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
 
 
@@ -65,13 +65,16 @@ def held() -> Formula:
     return copy
 
 
-@functools.cache
 def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
     """`formula`, computed once per trace for the same arguments as long as none of them is changed in place.
 
     Dynamo does not look inside (see `announce_to_dynamo`); the tracer beneath it runs this function for every read
     and is handed the same tensor again.
     """
+
+    known = _once.get((formula, changing))
+    if known is not None:
+        return known
 
     @functools.wraps(formula)
     def computed_once(**arguments: Any) -> Tensor:
@@ -87,17 +90,17 @@ def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
             torch.is_autocast_enabled(tensors[0].device.type),
         )
         key = formula, *((name, id(v) if isinstance(v, Tensor) else v) for name, v in arguments.items())
-        known = _traces.setdefault(trace.tracer, {})
-        if key not in known or known[key][0] != state:
+        made = _traces.setdefault(trace.tracer, {})
+        if key not in made or made[key][0] != state:
             if torch.is_grad_enabled() and not torch.compiler.is_exporting():
                 arguments |= {name: held()(arguments[name]) for name in changing if name in arguments}
-            known[key] = state, formula(**arguments), tensors  # the tensors are kept, so that no id is used again
-        result: Tensor = known[key][1]
+            made[key] = state, formula(**arguments), tensors  # the tensors are kept, so that no id is used again
+        result: Tensor = made[key][1]
         return result
 
     if changing:
         held()  # registered now, which takes milliseconds, and not while a graph is captured
-    _once.append(computed_once)
+    _once[formula, changing] = computed_once
     return computed_once
 
 
@@ -105,7 +108,7 @@ def announce_to_dynamo() -> None:
     """Run by Dynamo itself, while it traces: puts the functions of `once` into its graph as they are, unread."""
     import torch._dynamo
 
-    for function in _once:
+    for function in list(_once.values()):
         torch._dynamo.allow_in_graph(function)  # type: ignore[no-untyped-call]
 
 

@@ -57,8 +57,15 @@ class Recipe:
     """The settings that `advance` takes."""
 
     def __attrs_post_init__(self) -> None:
-        self._check()
-        object.__setattr__(self, "settings", tuple((field, _exact(value)) for field, value in self.settings))
+        self._check_types()
+        exact = {
+            "settings": tuple((field, _exact(value)) for field, value in self.settings),
+            "parts": tuple(map(_exact, self.parts)),
+            "owner": _exact(self.owner),
+        }
+        for key, made in exact.items():
+            object.__setattr__(self, key, made)
+        self._check_names()
         kind, settings = self.norm_class.kind, dict(self.settings)
         name, formula, advance = settings["name"], self.norm_class.formula, self.norm_class.advance
         known = {*self.parts, *settings}
@@ -78,8 +85,9 @@ class Recipe:
         for key, value in derived.items():
             object.__setattr__(self, key, value)
 
-    def _check(self) -> None:
-        """What is written into source must be names and numbers, wherever this recipe comes from (a pickle, say)."""
+    # What is written into source must be names and numbers, wherever this recipe comes from (a pickle, say)
+
+    def _check_types(self) -> None:
         if not (isinstance(self.norm_class, type) and issubclass(self.norm_class, nn.Module)) or not hasattr(
             self.norm_class, "formula"
         ):
@@ -88,11 +96,13 @@ class Recipe:
         fields = [field.name for field in attrs.fields(self.norm_class)]  # type: ignore[arg-type]
         if list(settings) != fields or not all(isinstance(v, (int, float, str, NoneType)) for v in settings.values()):
             raise ValueError(f"the settings of a {self.norm_class.__name__} are {fields}, not {self.settings!r}")
-        for name in (settings["name"], *self.parts):
-            if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-                raise ValueError(f"{name!r} is no Python identifier, hence no name of a parameter that can be normed")
         if not isinstance(self.owner, str):
             raise TypeError(f"the owner of a recipe is a str, not {self.owner!r}")
+
+    def _check_names(self) -> None:
+        for name in (dict(self.settings)["name"], *self.parts):
+            if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+                raise ValueError(f"{name!r} is no Python identifier, hence no name of a parameter that can be normed")
 
     def __reduce__(self) -> Any:
         return Recipe, (self.norm_class, self.settings, self.parts, self.owner, self.inlined)

@@ -268,6 +268,7 @@ class Reparametrization(nn.Module):
         """This norm with the settings that hold for one parameter of `module`, and that parameter."""
         self._check_class()
         name = self.name if name is None else name
+        name = str.__str__(name) if isinstance(name, str) else name  # whatever a subclass says of itself
         self._check_module(module, name)
         weight = self._find(module, name)
         changes: dict[str, Any] = {"name": name}
