@@ -93,7 +93,7 @@ def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
     store = store_of(module)
     store.pop(recipe.name, None)  # freed before its successor is allocated: the same memory is used again
     value = _compute(module, recipe, by_read)
-    if not (capture.is_transformed() or isinstance(value, torch.fx.Proxy)):
+    if not (_is_for_once(module, recipe) or isinstance(value, torch.fx.Proxy)):
         sources = recipe.sources(module)
         store[recipe.name] = Stored(value, sources, versions(sources), get_ident())
         if (get_ident(), recipe.name) in store.running:  # a recompute within the forward of an inlined module
@@ -148,10 +148,15 @@ def recompute_recipes(module: nn.Module, recipes: Iterable[Recipe]) -> None:
     for recipe in recipes:
         if not _is_held(module, recipe):
             _advance(module, recipe)
-            if capture.is_transformed():
+            if _is_for_once(module, recipe):
                 store_of(module).pop(recipe.name, None)  # whoever reads it computes it
             else:
                 refresh(module, recipe)
+
+
+def _is_for_once(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether functorch runs, or `functional_call` with tensors in the place of the parameters: both leave nothing."""
+    return capture.is_transformed() or any(type(module._parameters.get(name)) is Tensor for name in recipe.attributes)
 
 
 def _advance(module: nn.Module, recipe: Recipe) -> None:
