@@ -16,7 +16,10 @@ from torch import nn
 import explicit_wn
 from explicit_wn import WeightNorm, cached, carrier, fold, normed
 
-pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
+    pytest.mark.no_cover,  # which makes calls, and objects, of its own
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
