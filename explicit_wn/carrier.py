@@ -400,7 +400,8 @@ _classes: "weakref.WeakValueDictionary[Any, type[nn.Module]]" = weakref.WeakValu
 
 def carrier_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.Module]:
     """The subclass of `base` whose instances carry `recipes`; the same class for the same arguments."""
-    key = base, recipes, repr(recipes)  # equal is not enough: 0 == 0.0, and the source holds one or the other
+    # equal is not enough: 0 == 0.0, and the source holds one or the other
+    key = base, recipes, repr([recipe.settings for recipe in recipes])
     made = _classes.get(key)
     if made is None:
         made = _classes[key] = _make_class(base, recipes)

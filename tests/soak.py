@@ -1,6 +1,6 @@
 """Ten thousand cycles of everything: memory, objects and generated classes have to stay flat.
 
-    python tests/soak.py            # about ten minutes, and it exits with 1 if anything grows
+    python tests/soak.py            # about five minutes, and it exits with 1 if anything grows
     python tests/soak.py 1000       # the same with a tenth of the cycles
 
 Linux only, for the resident memory. `test_leaks.py` runs a few cycles of each in every test run.
