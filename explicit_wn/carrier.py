@@ -93,7 +93,7 @@ def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
     store = store_of(module)
     store.pop(recipe.name, None)  # freed before its successor is allocated: the same memory is used again
     value = _compute(module, recipe, by_read)
-    if not (_is_for_once(module, recipe) or isinstance(value, torch.fx.Proxy)):
+    if not isinstance(value, torch.fx.Proxy):
         sources = recipe.sources(module)
         store[recipe.name] = Stored(value, sources, versions(sources), get_ident())
         if (get_ident(), recipe.name) in store.running:  # a recompute within the forward of an inlined module
@@ -236,8 +236,12 @@ class Derived:
         stored = store.get(recipe.name)
         not_kept = recipe.inlined and not store.held  # for others than the module's own forward
         if stored is None or not_kept or not is_current(stored, module, recipe):
-            of_another = stored is not None and stored.thread != get_ident()
-            return _compute(module, recipe, by_read=True) if of_another else refresh(module, recipe, by_read=True)
+            if stored is not None and stored.thread != get_ident():
+                return _compute(module, recipe, by_read=True)
+            if _is_for_once(module, recipe):
+                store.pop(recipe.name, None)
+                return _compute(module, recipe, by_read=True)
+            return refresh(module, recipe, by_read=True)
         return stored.value
 
     def __set__(self, module: nn.Module, value: Any) -> None:

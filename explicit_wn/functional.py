@@ -89,7 +89,7 @@ def _is_empty(v: Tensor) -> bool:
 
 
 def _is_empty_or_double(v: Tensor) -> bool:
-    return isinstance(v, Tensor) and (v.dtype == torch.float64 or (not is_tracing() and v.numel() == 0))
+    return isinstance(v, Tensor) and (v.dtype == torch.float64 or _is_empty(v))
 
 
 def _is_for_middle_dim(v: Tensor, dim: int) -> bool:

@@ -340,8 +340,8 @@ class Reparametrization(nn.Module):
             reason = "its name is no Python identifier; register it under one that is"
         elif isinstance(parameter, UninitializedParameter):
             reason = "it is not initialized yet; run one batch through the lazy module first"
-        elif _kind_objection(parameter):
-            reason = _kind_objection(parameter) or ""
+        elif kind := _kind_objection(parameter):
+            reason = kind
         elif parameter.dim() == 0:
             reason = "it is a scalar, which has a magnitude and no direction; leave it as it is"
         elif carrier.is_wrapped(module):
