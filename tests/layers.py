@@ -48,6 +48,20 @@ def weight_of(g: Tensor, v: Tensor, dim: int | None, eps: float = 0.0) -> Tensor
     return (g.double() * v.double() / norm_of(v.double(), dim).clamp_min(eps)).to(v.dtype)
 
 
+def make_stale(module: nn.Module, *names: str) -> None:
+    """Changes g and v of these weights behind the stored ones."""
+    with torch.no_grad():
+        for name in names or ("weight",):
+            getattr(module, f"{name}_g").mul_(2)
+            getattr(module, f"{name}_v").add_(0.5)
+
+
+def first_output(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module gives; of what an RNN gives, the outputs."""
+    result = module(x)
+    return result[0] if isinstance(result, tuple) else result
+
+
 def change_parts(module: nn.Module, seed: int) -> None:
     """Gives every part new values in place, behind the stored weight, and none near zero."""
     generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from layers import first_output, make_stale
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -32,19 +33,6 @@ def by_hand(module: nn.Module, name: str = "weight", dim: int | None = 0) -> Ten
     rows = v.transpose(0, dim).flatten(1) if v.dim() > 1 else v[:, None]
     norms = rows.square().sum(1).sqrt()
     return (g * v / norms.reshape([-1 if d == dim else 1 for d in range(v.dim())])).to(part.dtype)
-
-
-def change_parts(module: nn.Module, *names: str) -> None:
-    """Makes the stored weights stale."""
-    with torch.no_grad():
-        for name in names or ("weight",):
-            getattr(module, f"{name}_g").mul_(2)
-            getattr(module, f"{name}_v").add_(0.5)
-
-
-def output(module: nn.Module, x: Tensor) -> Tensor:
-    result = module(x)
-    return result[0] if isinstance(result, tuple) else result
 
 
 class Net(nn.Module):
@@ -114,13 +102,13 @@ every_copy = pytest.mark.parametrize("copied", [deep, deep_twice, deep_of_shallo
 def test_a_copy_after_a_forward_is_whole_and_independent(verb: str, copied: Callable[[Any], Any]) -> None:
     wn, x = WeightNorm(dim=1), torch.randn(4, 3)
     module = getattr(wn, verb)(nn.Linear(3, 2))
-    change_parts(module)
+    make_stale(module)
     wn.recompute(module)
     module(x).sum().backward()
     expected = by_hand(module, dim=1).detach().clone()
 
     twin = copied(module)
-    change_parts(module)
+    make_stale(module)
     torch.testing.assert_close(twin.weight.detach(), expected)
     torch.testing.assert_close(twin(x), nn.functional.linear(x, expected, module.bias))
     assert type(twin) is type(module)
@@ -129,7 +117,7 @@ def test_a_copy_after_a_forward_is_whole_and_independent(verb: str, copied: Call
         assert getattr(twin, name) is not getattr(module, name)
         assert isinstance(getattr(twin, name), nn.Parameter)
 
-    change_parts(twin)
+    make_stale(twin)
     wn.recompute(twin)
     torch.testing.assert_close(twin.weight, by_hand(twin, dim=1))
     twin(x).sum().backward()
@@ -144,7 +132,7 @@ def test_the_copy_of_a_model_recomputes_its_own_layer(copied: Callable[[Any], An
     model, x = Net(), torch.randn(4, 3)
     model(x).sum().backward()
     twin = copied(model)
-    change_parts(twin.fc)
+    make_stale(twin.fc)
     torch.testing.assert_close(twin(x), nn.functional.linear(x, by_hand(twin.fc, dim=1), twin.fc.bias))
     torch.testing.assert_close(model(x), nn.functional.linear(x, by_hand(model.fc, dim=1), model.fc.bias))
     assert repr(twin) == repr(model)
@@ -157,7 +145,7 @@ def test_the_copy_of_an_rnn_reads_its_own_weights(verb: str, copied: Callable[[A
     module, x = lstm(verb), torch.randn(5, 1, 3)
     module(x)
     twin = copied(module)
-    change_parts(twin, *RNN_NAMES)
+    make_stale(twin, *RNN_NAMES)
     for name in RNN_NAMES:
         WeightNorm(name).recompute(twin)
     torch.testing.assert_close(twin(x)[0], plain_lstm_of(twin)(x)[0])
@@ -179,7 +167,7 @@ def test_a_shallow_copy_shares_the_parts_as_that_of_a_plain_module_does() -> Non
     assert twin is not module
     assert type(twin) is type(module)
     assert twin.weight_v is module.weight_v
-    change_parts(module)
+    make_stale(module)
     WeightNorm().recompute(twin)
     torch.testing.assert_close(twin(x), nn.functional.linear(x, by_hand(module), module.bias))
     WeightNorm().recompute(module)
@@ -191,7 +179,7 @@ def test_every_pickle_protocol_holds(protocol: int) -> None:
     module = WeightNorm(dim=1).inline(nn.Linear(3, 2))
     twin = pickle.loads(pickle.dumps(module, protocol=protocol))
     assert type(twin) is type(module)
-    change_parts(twin)
+    make_stale(twin)
     torch.testing.assert_close(twin.weight, by_hand(twin, dim=1))
 
 
@@ -259,7 +247,7 @@ def test_whole_models_load_in_a_fresh_process(tmp_path: Path, monkeypatch: pytes
         ("lstm", lstm("inline"), torch.randn(4, 1, 3)),
         ("own", own_layers.Layer(), torch.randn(4, 3)),
     ):
-        output(model, x).sum().backward()
+        first_output(model, x).sum().backward()
         torch.save(model, tmp_path / name)
         parts = {key: torch.randn_like(part) for key, part in model.named_parameters() if key.endswith(("_g", "_v"))}
         cases.append((name, x, parts, expected_with(model, name, x, parts)))
@@ -539,7 +527,7 @@ def test_a_cast_makes_the_weight_anew(
     model = make()
     layer: Any = model.fc if isinstance(model, Net) else model
     assert layer.weight.dtype == torch.float32
-    change_parts(layer)
+    make_stale(layer)
     assert move(model) is model
     assert layer.weight.dtype == dtype
     torch.testing.assert_close(layer.weight, by_hand(layer, dim=1))

@@ -8,6 +8,7 @@ from typing import Any, Optional
 import attrs
 import pytest
 import torch
+from layers import first_output, make_stale
 from torch import Tensor, nn
 
 from explicit_wn import WeightNorm
@@ -33,19 +34,6 @@ def by_hand(module: nn.Module, name: str = "weight", dim: int | None = 0) -> Ten
     rows = v.transpose(0, dim).flatten(1) if v.dim() > 1 else v[:, None]
     norms = rows.square().sum(1).sqrt()
     return g * v / norms.reshape([-1 if d == dim else 1 for d in range(v.dim())])
-
-
-def change_parts(module: nn.Module, *names: str) -> None:
-    """Makes the stored weights stale."""
-    with torch.no_grad():
-        for name in names or ("weight",):
-            getattr(module, f"{name}_g").mul_(2)
-            getattr(module, f"{name}_v").add_(0.5)
-
-
-def output(module: nn.Module, x: Tensor) -> Tensor:
-    result = module(x)
-    return result[0] if isinstance(result, tuple) else result
 
 
 def plain_with(plain: nn.Module, **weights: Tensor) -> nn.Module:
@@ -78,8 +66,8 @@ def test_apply_makes_the_original_parameter_the_direction(make: Factory, name: s
 @every_layer
 def test_apply_leaves_the_output_as_it_was(make: Factory, name: str, shape: tuple[int, ...]) -> None:
     module, x = make(), torch.randn(shape)
-    before = output(module, x)
-    torch.testing.assert_close(output(WeightNorm(name).apply(module), x), before)
+    before = first_output(module, x)
+    torch.testing.assert_close(first_output(WeightNorm(name).apply(module), x), before)
 
 
 def test_the_parts_are_parameters_and_the_weight_is_not() -> None:
@@ -143,7 +131,7 @@ def test_device_is_kept() -> None:
 def test_memory_format_is_kept(dim: int | None, eps: float) -> None:
     wn, module = WeightNorm(dim=dim, eps=eps), nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
     wn.apply(module)
-    change_parts(module)
+    make_stale(module)
     wn.recompute(module)
     torch.testing.assert_close(module.weight, by_hand(module, dim=dim))
     for weight in (module.weight_v, module.weight, wn.remove(module).weight):
@@ -158,7 +146,7 @@ def test_name_and_dim_given_to_the_verb_hold_instead_of_the_own(verb: str) -> No
     getattr(wn, verb)(module, name="bias")
     assert module.weight_g.shape == (1, 1, 3)
     assert module.bias_g.shape == (4,)
-    change_parts(module, "weight", "bias")
+    make_stale(module, "weight", "bias")
     wn.recompute(module)
     torch.testing.assert_close(module.weight, by_hand(module, "weight", 2))
     torch.testing.assert_close(module.bias, by_hand(module, "bias", 0))
@@ -205,7 +193,7 @@ def test_compute_weight_is_fresh_and_stores_nothing(make: Factory, name: str, sh
     wn, module = WeightNorm(name), make()
     wn.apply(module)
     stored = copied(getattr(module, name))
-    change_parts(module, name)
+    make_stale(module, name)
     before = dict(vars(module))
     weight = wn.compute_weight(module)
     torch.testing.assert_close(weight, by_hand(module, name))
@@ -217,7 +205,7 @@ def test_compute_weight_takes_a_name_and_the_dim_that_was_recorded() -> None:
     wn, module = WeightNorm(), nn.Linear(3, 2)
     wn.apply(module, dim=1)
     wn.apply(module, name="bias")
-    change_parts(module, "weight", "bias")
+    make_stale(module, "weight", "bias")
     torch.testing.assert_close(wn.compute_weight(module, "weight"), by_hand(module, "weight", 1))
     torch.testing.assert_close(wn.compute_weight(module, "weight", 1), by_hand(module, "weight", 1))
     torch.testing.assert_close(wn.compute_weight(module, "weight", dim=-1 + 2), by_hand(module, "weight", 1))
@@ -259,19 +247,21 @@ def test_recompute_makes_the_weight_and_the_output_fresh(
 ) -> None:
     wn, plain, x = WeightNorm(name), make(), torch.randn(shape)
     module = wn.apply(copy.deepcopy(plain))
-    change_parts(module, name)
+    make_stale(module, name)
     refresh(wn, module)
     torch.testing.assert_close(getattr(module, name), by_hand(module, name))
-    torch.testing.assert_close(output(module, x), output(plain_with(plain, **{name: by_hand(module, name)}), x))
+    torch.testing.assert_close(
+        first_output(module, x), first_output(plain_with(plain, **{name: by_hand(module, name)}), x)
+    )
 
 
 def test_without_recompute_the_weight_stays_what_it_was() -> None:
     plain = nn.Linear(3, 2)
     module = WeightNorm().apply(copy.deepcopy(plain))
-    change_parts(module)
+    make_stale(module)
     torch.testing.assert_close(module.weight.detach(), plain.weight.detach())
     weight = module.weight
-    change_parts(module)
+    make_stale(module)
     assert module.weight is weight
 
 
@@ -280,7 +270,7 @@ def test_the_gradient_reaches_the_parts(refresh: Callable[[WeightNorm, nn.Module
     wn, x = WeightNorm(), torch.randn(4, 3)
     module = wn.apply(nn.Linear(3, 2))
     for _ in range(2):
-        change_parts(module)
+        make_stale(module)
         refresh(wn, module)
         parts = module.weight_g, module.weight_v
         got = torch.autograd.grad(module(x).square().sum(), parts)
@@ -294,7 +284,7 @@ def test_recompute_uses_the_dim_recorded_at_apply(dim: Any) -> None:
     module = wn.apply(nn.ConvTranspose1d(2, 3, 4))
     wn.dim = 0
     for other in (wn, WeightNorm(), WeightNorm(dim=2), WeightNorm(eps=1.0)):
-        change_parts(module)
+        make_stale(module)
         other.recompute(module)
         torch.testing.assert_close(module.weight, by_hand(module, dim=1 if dim == "out" else dim))
 
@@ -305,7 +295,7 @@ def test_one_object_recomputes_all_that_it_was_applied_to_and_nothing_else() -> 
     mine.apply(module)
     mine.apply(module, name="bias_ih_l0")
     other.apply(module)
-    change_parts(module, "weight_ih_l0", "bias_ih_l0", "weight_hh_l0")
+    make_stale(module, "weight_ih_l0", "bias_ih_l0", "weight_hh_l0")
     stale = copied(module.weight_hh_l0)
     mine.recompute(module)
     torch.testing.assert_close(module.weight_ih_l0, by_hand(module, "weight_ih_l0"))
@@ -321,7 +311,7 @@ def test_an_object_of_the_same_name_recomputes_what_another_one_normed(
 ) -> None:
     module = WeightNorm("weight").apply(nn.Linear(3, 2))
     WeightNorm("weight").apply(module, name="bias")
-    change_parts(module, "weight", "bias")
+    make_stale(module, "weight", "bias")
     refresh(WeightNorm("bias"), module)
     torch.testing.assert_close(module.bias, by_hand(module, "bias"))
     refresh(WeightNorm("weight"), module)
@@ -332,7 +322,7 @@ def test_one_object_serves_many_modules() -> None:
     wn = WeightNorm()
     modules = [wn.apply(nn.Linear(3, 2)), wn.apply(nn.Linear(3, 2), dim=1), wn.apply(nn.Conv1d(2, 3, 3))]
     for module, dim in zip(modules, (0, 1, 0), strict=True):
-        change_parts(module)
+        make_stale(module)
         wn.recompute(module)
         torch.testing.assert_close(module.weight, by_hand(module, dim=dim))
 
@@ -359,11 +349,11 @@ def test_remove_makes_the_module_what_it_was(make: Factory, name: str, shape: tu
 def test_remove_bakes_the_parts_as_they_are_now(make: Factory, name: str, shape: tuple[int, ...]) -> None:
     wn, plain, x = WeightNorm(name), make(), torch.randn(shape)
     module = wn.apply(copy.deepcopy(plain))
-    change_parts(module, name)
+    make_stale(module, name)
     expected = copied(by_hand(module, name))
     wn.remove(module)
     torch.testing.assert_close(getattr(module, name).detach(), expected)
-    torch.testing.assert_close(output(module, x), output(plain_with(plain, **{name: expected}), x))
+    torch.testing.assert_close(first_output(module, x), first_output(plain_with(plain, **{name: expected}), x))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
@@ -401,12 +391,12 @@ def test_remove_by_name_ends_that_norm_alone() -> None:
     wn, module = WeightNorm(dim=None), nn.Linear(3, 2)
     wn.apply(module, dim=0)
     wn.apply(module, name="bias")
-    change_parts(module, "weight", "bias")
+    make_stale(module, "weight", "bias")
     expected = copied(by_hand(module, "bias", None))
     wn.remove(module, "bias")
     torch.testing.assert_close(module.bias.detach(), expected)
     assert list(dict(module.named_parameters())) == ["weight_g", "weight_v", "bias"]
-    change_parts(module)
+    make_stale(module)
     wn.recompute(module)
     torch.testing.assert_close(module.weight, by_hand(module))
     wn.remove(module, name="weight")
@@ -418,7 +408,7 @@ def test_remove_without_a_name_ends_all_that_the_object_does_there() -> None:
     wn.apply(module)
     wn.apply(module, name="weight_ih_l0", dim=1)
     WeightNorm("bias_hh_l0").apply(module)
-    change_parts(module, "weight_hh_l0", "weight_ih_l0")
+    make_stale(module, "weight_hh_l0", "weight_ih_l0")
     expected = copied(by_hand(module, "weight_hh_l0")), copied(by_hand(module, "weight_ih_l0", 1))
     wn.remove(module)
     torch.testing.assert_close((module.weight_hh_l0.detach(), module.weight_ih_l0.detach()), expected)
@@ -429,7 +419,7 @@ def test_remove_without_a_name_ends_all_that_the_object_does_there() -> None:
 
 def test_remove_by_another_object_of_the_same_name_honours_the_recorded_dim() -> None:
     module = WeightNorm(dim=1).apply(nn.Linear(3, 2))
-    change_parts(module)
+    make_stale(module)
     expected = copied(by_hand(module, dim=1))
     torch.testing.assert_close(WeightNorm("weight").remove(module).weight.detach(), expected)
 
@@ -437,7 +427,7 @@ def test_remove_by_another_object_of_the_same_name_honours_the_recorded_dim() ->
 def test_a_name_overridden_at_apply_is_honoured_by_remove() -> None:
     wn, module = WeightNorm("weight", dim=None), nn.Linear(3, 2)
     wn.apply(module, name="bias")
-    change_parts(module, "bias")
+    make_stale(module, "bias")
     expected = copied(by_hand(module, "bias", None))
     torch.testing.assert_close(wn.remove(module).bias.detach(), expected)
     assert type(module) is nn.Linear
@@ -448,7 +438,7 @@ def test_a_module_can_be_normed_again_after_remove() -> None:
     for dim in (0, 1, None):
         wn = WeightNorm(dim=dim)
         wn.apply(module)
-        change_parts(module)
+        make_stale(module)
         wn.recompute(module)
         expected = copied(by_hand(module, dim=dim))
         torch.testing.assert_close(wn.remove(module).weight.detach(), expected)
@@ -481,7 +471,7 @@ def test_assign_is_the_inverse_of_the_formula(make: Factory, name: str, shape: t
     assert getattr(module, f"{name}_g") is parts[0]
     assert getattr(module, f"{name}_v") is parts[1]
     others = {key: value for key, value in module.named_parameters() if key in dict(plain.named_parameters())}
-    torch.testing.assert_close(output(module, x), output(plain_with(plain, **others, **{name: wanted}), x))
+    torch.testing.assert_close(first_output(module, x), first_output(plain_with(plain, **others, **{name: wanted}), x))
 
 
 def test_assign_takes_a_name() -> None:
@@ -506,8 +496,10 @@ def test_an_inlined_layer_recomputes_in_its_own_forward(make: Factory, name: str
     module = copy.deepcopy(plain)
     assert wn.inline(module) is module
     for _ in range(2):
-        change_parts(module, name)
-        torch.testing.assert_close(output(module, x), output(plain_with(plain, **{name: by_hand(module, name)}), x))
+        make_stale(module, name)
+        torch.testing.assert_close(
+            first_output(module, x), first_output(plain_with(plain, **{name: by_hand(module, name)}), x)
+        )
 
 
 def test_inline_in_a_sequential_trains_like_the_formula() -> None:
@@ -554,7 +546,7 @@ def test_an_inlined_forward_keeps_signature_defaults_and_annotations(make: Facto
 
 def test_an_inlined_forward_takes_every_argument() -> None:
     module = WeightNorm().inline(Own())
-    change_parts(module)
+    make_stale(module)
     x, shift = torch.randn(4, 3), torch.randn(2)
     linear = nn.functional.linear(x, by_hand(module))
     torch.testing.assert_close(module(x), linear * 2)
@@ -566,7 +558,7 @@ def test_an_inlined_forward_takes_every_argument() -> None:
 
 def test_an_inlined_transposed_convolution_takes_its_output_size() -> None:
     module = WeightNorm(dim="out").inline(nn.ConvTranspose1d(2, 3, 3, stride=2))
-    change_parts(module)
+    make_stale(module)
     x, weight = torch.randn(1, 2, 5), by_hand(module, dim=1)
     for size, padding in (([11], 0), ([12], 1)):
         expected = nn.functional.conv_transpose1d(x, weight, module.bias, stride=2, output_padding=padding)
@@ -578,7 +570,7 @@ def test_an_inlined_transposed_convolution_takes_its_output_size() -> None:
 def test_an_inlined_norm_can_be_recomputed_and_removed_like_any_other() -> None:
     wn = WeightNorm()
     module = wn.inline(nn.Linear(3, 2))
-    change_parts(module)
+    make_stale(module)
     wn.recompute(module)
     expected = by_hand(module)
     torch.testing.assert_close(module.weight, expected)
@@ -593,7 +585,7 @@ def test_an_inlined_weight_is_fresh_wherever_it_is_read() -> None:
     with torch.no_grad():
         module(torch.randn(4, 3))
     for _ in range(2):
-        change_parts(module)
+        make_stale(module)
         torch.testing.assert_close(module.weight, by_hand(module))
         for _ in range(2):
             got = torch.autograd.grad(module.weight.square().sum(), parts)
@@ -603,7 +595,7 @@ def test_an_inlined_weight_is_fresh_wherever_it_is_read() -> None:
 def test_only_what_was_inlined_is_recomputed_in_forward() -> None:
     module = WeightNorm().inline(nn.Linear(3, 2))
     WeightNorm("bias").apply(module)
-    change_parts(module, "weight", "bias")
+    make_stale(module, "weight", "bias")
     stale, x = copied(module.bias), torch.randn(4, 3)
     torch.testing.assert_close(module(x), nn.functional.linear(x, by_hand(module), stale))
 
@@ -627,7 +619,7 @@ def test_a_clone_and_a_fresh_object_act_on_what_another_one_normed() -> None:
     wn = WeightNorm("weight", dim=1)
     for other in (wn.clone(), copy.deepcopy(wn), WeightNorm("weight", dim=1), WeightNorm("weight")):
         module = wn.apply(nn.Linear(3, 2))
-        change_parts(module)
+        make_stale(module)
         other.recompute(module)
         torch.testing.assert_close(module.weight, by_hand(module, dim=1))
         torch.testing.assert_close(other.compute_weight(module), by_hand(module, dim=1))
