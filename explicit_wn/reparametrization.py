@@ -75,6 +75,13 @@ class Reparametrization(nn.Module):
     def __attrs_pre_init__(self) -> None:
         super().__init__()
 
+    def __attrs_post_init__(self) -> None:
+        if isinstance(self.name, nn.Module):  # as torch's functions take them
+            raise TypeError(
+                f"{self.kind}(name) takes the name of a parameter, not a {type(self.name).__name__}; the module comes "
+                f'after it: {self.kind}("weight").apply(module).'
+            )
+
     # What a norm defines
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:
@@ -141,6 +148,10 @@ class Reparametrization(nn.Module):
 
     def __call__(self, module: Module) -> Module:
         return self.call(module)
+
+    def forward(self, module: Recomputable) -> None:
+        """What TorchScript makes of `wn(module)`."""
+        self.recompute(module)
 
     def remove(self, module: Module, name: str | None = None) -> Module:
         """Bakes the weight, as the parts now have it, into an ordinary Parameter; returns `module`.
@@ -336,6 +347,8 @@ class Reparametrization(nn.Module):
             reason = f"it is a submodule; apply the norm to that: apply(module.{name})"
         elif parameter is None:
             reason = f"it has no such parameter; its parameters are {names}"
+            if any(isinstance(layer._parameters.get(name), nn.Parameter) for layer in module.modules()):
+                reason += "; modules within it have one, and explicit_wn.apply_all(module, norm) norms those"
         elif not name.isidentifier() or keyword.iskeyword(name):
             reason = "its name is no Python identifier; register it under one that is"
         elif isinstance(parameter, UninitializedParameter):
@@ -392,7 +405,10 @@ class Reparametrization(nn.Module):
 
     def _not_normed(self, module: nn.Module, name: str, verb: str) -> Exception:
         by = ", ".join(repr(recipe.norm) for recipe in carrier.recipes_of(module)) or "no norm"
-        reason = f"{self.kind}.apply(module) was not called for it; this module carries {by}"
+        reason = f"{self.kind}.apply(module) was not called for it, or remove ended it; this module carries {by}"
+        if any(self.label in getattr(type(layer), "_normed_by_label", ()) for layer in module.modules()):
+            way_out = "use explicit_wn.recompute_all(module)" if verb == "recompute" else "give it one of those"
+            reason += f", but modules within it do: {way_out}"
         return self._refusal(module, name, reason, verb=verb)
 
     def _recipes(self, module: Any, name: str | None) -> list[Recipe]:

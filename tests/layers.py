@@ -31,6 +31,8 @@ class NoNorm(nn.Module):
     def recompute(self, module: nn.Module) -> None:
         pass
 
+    forward = recompute
+
 
 Norm = Callable[..., Any]
 
@@ -213,7 +215,7 @@ class InlinedTwoDims(nn.Module):
 
 
 class ExplicitManyModules(nn.Module):
-    """One object on modules of several classes, and with several dims."""
+    """One object on modules of several classes, and with several dims; calling it is to recompute."""
 
     def __init__(self, norm: Norm) -> None:
         super().__init__()
@@ -224,8 +226,8 @@ class ExplicitManyModules(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.wn.recompute(self.conv)
-        self.wn.recompute(self.same)
-        self.wn.recompute(self.fc)
+        self.wn(self.same)
+        self.wn(self.fc)
         return self.fc(torch.tanh(self.same(self.conv(x))))
 
 

@@ -295,6 +295,29 @@ def test_verbs_on_what_is_not_normed_say_what_it_carries(
     refused(lambda: act(wn, module), module, *says)
 
 
+def test_a_container_of_what_is_wanted_says_so() -> None:
+    wn, model = WeightNorm(), nn.Sequential(nn.Linear(3, 2), WeightNorm().apply(nn.Linear(2, 2)))
+    for verb in wn.apply, wn.inline:
+        refused(lambda verb=verb: verb(model), model, "this Sequential", "within it have one", "apply_all(module")
+    for verb, way_out in (wn.recompute, "use explicit_wn.recompute_all(module)"), (wn.remove, "give it one of those"):
+        refused(lambda verb=verb: verb(model), model, "this Sequential", f"modules within it do: {way_out}")
+    other = nn.Sequential(SpectralNorm().apply(nn.Linear(3, 2)))
+    assert refused(lambda: wn.recompute(other), other, "this Sequential").endswith("this module carries no norm.")
+
+
+def test_a_module_in_the_place_of_the_name_is_refused() -> None:
+    """As torch's functions take them."""
+    for norm in WeightNorm, SpectralNorm:
+        with pytest.raises(TypeError, match=rf'not a Linear; .*{norm.__name__}\("weight"\).apply\(module\)'):
+            norm(nn.Linear(3, 2))  # type: ignore[arg-type]
+
+
+def test_a_norm_that_was_removed_says_that() -> None:
+    wn = WeightNorm()
+    module = wn.remove(wn.apply(nn.Linear(3, 2)))
+    refused(lambda: wn.recompute(module), module, "was not called for it, or remove ended it")
+
+
 @pytest.mark.parametrize("verb", ["remove", "compute_weight"])
 def test_a_name_that_is_not_normed_is_refused_on_a_normed_module(verb: str) -> None:
     wn = WeightNorm()

@@ -153,6 +153,24 @@ def test_symbolic_trace_keeps_an_inlined_layer_fresh() -> None:
     torch.testing.assert_close(traced(x), wanted)
 
 
+class Read(nn.Module):
+    """Reads a weight that is nowhere recomputed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = WeightNorm().apply(nn.Linear(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.fc.weight)
+
+
+def test_symbolic_trace_records_what_a_read_computes() -> None:
+    model, x = Read().double(), torch.randn(4, 3).double()  # after which no weight is stored
+    traced = torch.fx.symbolic_trace(model)
+    change_parts(model.fc)
+    torch.testing.assert_close(traced(x), nn.functional.linear(x, by_hand(model.fc)))
+
+
 # once
 
 
