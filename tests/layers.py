@@ -81,6 +81,19 @@ def change_parts(module: nn.Module, seed: int) -> None:
 # The models. TorchScript reads their source, so every one is written out.
 
 
+class Recomputing(nn.Module):
+    """Recomputes in its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wn = WeightNorm(dim=1)
+        self.fc = self.wn.apply(nn.Linear(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.fc)
+        return self.fc(x)
+
+
 class Explicit(nn.Module):
     def __init__(self, norm: Norm, layer: nn.Module, names: tuple[str, ...], dim: Dim) -> None:
         super().__init__()

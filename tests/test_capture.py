@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from layers import make_stale
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
@@ -46,13 +47,6 @@ def expected(model: Net, x: Tensor) -> Tensor:
     return nn.functional.linear(x, by_hand(model.fc), model.fc.bias) * model.reads * model.recomputes
 
 
-def change_parts(module: Any) -> None:
-    """Makes the stored weight stale."""
-    with torch.no_grad():
-        module.weight_g.mul_(2)
-        module.weight_v.add_(0.5)
-
-
 def computations(graph: torch.fx.Graph) -> int:
     """How often the weight is computed in `graph`."""
     return sum("_weight_norm" in str(node.target) for node in graph.nodes)
@@ -84,7 +78,7 @@ def graphs_of(model: nn.Module, x: Tensor) -> tuple[list[torch.fx.GraphModule], 
 def test_however_many_reads_an_exported_graph_computes_once(strict: bool, reads: int, recomputes: int) -> None:
     model, x = Net(reads, recomputes), torch.randn(4, 3)
     stored = model.fc.weight
-    change_parts(model.fc)
+    make_stale(model.fc)
     exported = torch.export.export(model, (x,), strict=strict)
     assert computations(exported.graph) == 1
     torch.testing.assert_close(exported.module()(x), expected(model, x))
@@ -94,7 +88,7 @@ def test_however_many_reads_an_exported_graph_computes_once(strict: bool, reads:
 def test_nothing_is_stored_while_a_graph_is_captured() -> None:
     model, x = Net(), torch.randn(4, 3)
     stored = model.fc.weight
-    change_parts(model.fc)
+    make_stale(model.fc)
     graphs, result = graphs_of(model, x)
     torch.testing.assert_close(result, expected(model, x))
     assert len(graphs) == 1
@@ -124,7 +118,7 @@ def test_a_part_changed_between_two_recomputes_is_read_anew() -> None:
 def test_make_fx_records_the_computation() -> None:
     model, x = Net(), torch.randn(4, 3)
     graph = make_fx(lambda x: model(x))(x)
-    change_parts(model.fc)
+    make_stale(model.fc)
     assert computations(graph.graph) == 1
     torch.testing.assert_close(graph(x), expected(model, x))
     torch.testing.assert_close(model(x), expected(model, x))
@@ -138,17 +132,17 @@ def test_symbolic_trace_refuses_a_recompute_that_it_cannot_see() -> None:
         assert text in str(raised.value)
     assert type(model.fc.weight) is Tensor
     x = torch.randn(4, 3)
-    change_parts(model.fc)
+    make_stale(model.fc)
     torch.testing.assert_close(model(x), expected(model, x))
 
 
 def test_symbolic_trace_keeps_an_inlined_layer_fresh() -> None:
     model, x = nn.Sequential(WeightNorm().inline(nn.Linear(3, 2))), torch.randn(4, 3)
     traced = torch.fx.symbolic_trace(model)
-    change_parts(model[0])
+    make_stale(model[0])
     wanted = nn.functional.linear(x, by_hand(model[0]), model[0].bias)
     torch.testing.assert_close(traced(x), wanted)
-    change_parts(traced.get_submodule("0"))
+    make_stale(traced.get_submodule("0"))
     wanted = nn.functional.linear(x, by_hand(model[0]), model[0].bias)
     torch.testing.assert_close(traced(x), wanted)
 
@@ -167,7 +161,7 @@ class Read(nn.Module):
 def test_symbolic_trace_records_what_a_read_computes() -> None:
     model, x = Read().double(), torch.randn(4, 3).double()  # after which no weight is stored
     traced = torch.fx.symbolic_trace(model)
-    change_parts(model.fc)
+    make_stale(model.fc)
     torch.testing.assert_close(traced(x), nn.functional.linear(x, by_hand(model.fc)))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import first_output, make_stale
+from layers import Recomputing, first_output, make_stale
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -33,19 +33,6 @@ def by_hand(module: nn.Module, name: str = "weight", dim: int | None = 0) -> Ten
     rows = v.transpose(0, dim).flatten(1) if v.dim() > 1 else v[:, None]
     norms = rows.square().sum(1).sqrt()
     return (g * v / norms.reshape([-1 if d == dim else 1 for d in range(v.dim())])).to(part.dtype)
-
-
-class Net(nn.Module):
-    """Recomputes in its own forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wn = WeightNorm(dim=1)
-        self.fc = self.wn.apply(nn.Linear(3, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.wn.recompute(self.fc)
-        return self.fc(x)
 
 
 RNN_NAMES = ("weight_hh_l0", "weight_ih_l1")
@@ -129,7 +116,7 @@ def test_a_copy_after_a_forward_is_whole_and_independent(verb: str, copied: Call
 
 @every_copy
 def test_the_copy_of_a_model_recomputes_its_own_layer(copied: Callable[[Any], Any]) -> None:
-    model, x = Net(), torch.randn(4, 3)
+    model, x = Recomputing(), torch.randn(4, 3)
     model(x).sum().backward()
     twin = copied(model)
     make_stale(twin.fc)
@@ -352,7 +339,7 @@ def test_tampered_data_is_refused_before_any_source_is_made_of_it(data: Naming) 
 
 
 def test_the_state_dict_holds_the_parts_and_not_the_weight() -> None:
-    model = nn.Sequential(WeightNorm().inline(nn.Linear(3, 2)), Net(), lstm())
+    model = nn.Sequential(WeightNorm().inline(nn.Linear(3, 2)), Recomputing(), lstm())
     assert list(model.state_dict()) == [
         *("0.bias", "0.weight_g", "0.weight_v"),
         *("1.fc.bias", "1.fc.weight_g", "1.fc.weight_v"),
@@ -520,12 +507,12 @@ def test_a_checkpoint_without_the_layer_leaves_it_alone_if_it_may() -> None:
     ],
     ids=["double", "half", "bfloat16", "to", "there and back"],
 )
-@pytest.mark.parametrize("make", [Net, lambda: WeightNorm(dim=1).inline(nn.Linear(3, 2))])
+@pytest.mark.parametrize("make", [Recomputing, lambda: WeightNorm(dim=1).inline(nn.Linear(3, 2))])
 def test_a_cast_makes_the_weight_anew(
     make: Factory, move: Callable[[nn.Module], nn.Module], dtype: torch.dtype
 ) -> None:
     model = make()
-    layer: Any = model.fc if isinstance(model, Net) else model
+    layer: Any = model.fc if isinstance(model, Recomputing) else model
     assert layer.weight.dtype == torch.float32
     make_stale(layer)
     assert move(model) is model
@@ -545,7 +532,7 @@ def test_a_cast_reaches_the_weights_of_an_rnn() -> None:
 
 
 def test_to_meta_and_back_empty() -> None:
-    model, source = Net(), Net()
+    model, source = Recomputing(), Recomputing()
     model(torch.randn(4, 3))
     model.to("meta")
     assert model.fc.weight.device.type == "meta"
@@ -627,7 +614,7 @@ def test_reading_is_right_after_a_part_was_replaced() -> None:
 
 
 def test_reading_is_right_after_grad_and_vmap() -> None:
-    model, x = Net(), torch.randn(4, 3)
+    model, x = Recomputing(), torch.randn(4, 3)
     parameters = dict(model.named_parameters())
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:

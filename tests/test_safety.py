@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from layers import weight_of
+from layers import Recomputing, weight_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from whole_models import (
@@ -72,17 +72,6 @@ class Exponential(Reparametrization):
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:
         return {"log": weight.abs().clamp_min(1e-3).log()}
-
-
-class Recomputing(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.wn = WeightNorm(dim=1)
-        self.fc = self.wn.apply(nn.Linear(3, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.wn.recompute(self.fc)
-        return self.fc(x)
 
 
 def in_torchs_spellings() -> nn.Module:

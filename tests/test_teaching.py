@@ -13,6 +13,7 @@ import attrs
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import make_stale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,13 +40,6 @@ def by_hand(module: nn.Module, dim: int | None = 0, eps: float = 0.0) -> Tensor:
     g, v = module.weight_g, module.weight_v
     others = [index for index in range(v.dim()) if index != dim]
     return g * v / v.square().sum(others, keepdim=dim is not None).sqrt().clamp_min(eps)
-
-
-def change_parts(module: nn.Module) -> None:
-    """Makes the stored weight stale."""
-    with torch.no_grad():
-        module.weight_g.mul_(2)
-        module.weight_v.add_(0.5)
 
 
 # steps
@@ -93,7 +87,7 @@ def test_an_unknown_weight_is_refused_with_the_names_of_those_there_are() -> Non
 @pytest.mark.parametrize("dim", [0, 1, 2, None])
 def test_the_steps_of_weight_norm_compute_the_weight_of_now(dim: int | None) -> None:
     conv = WeightNorm(dim=dim).apply(nn.Conv1d(3, 4, 2))
-    change_parts(conv)
+    make_stale(conv)
     shown = steps(conv, "weight")
     g, v, others = conv.weight_g, conv.weight_v, [index for index in range(3) if index != dim]
     length = v.square().sum(others, keepdim=dim is not None).sqrt()
@@ -113,7 +107,7 @@ def test_an_eps_is_a_step_of_its_own() -> None:
     with torch.no_grad():
         fc.weight[0] = 1e-3
     WeightNorm(eps=0.5).apply(fc)
-    change_parts(fc)
+    make_stale(fc)
     with torch.no_grad():
         fc.weight_v[0] = 1e-3
     shown = steps(fc)
@@ -175,7 +169,7 @@ def test_a_norm_with_steps_shows_those() -> None:
 def test_a_weight_deep_in_a_model_is_found_by_its_qualified_name() -> None:
     layer = WeightNorm().apply(nn.Linear(2, 3))
     model = nn.Sequential(nn.ModuleDict({"a": layer}), SpectralNorm().apply(nn.Linear(3, 3)))
-    change_parts(layer)
+    make_stale(layer)
     torch.testing.assert_close(steps(model, "0.a.weight")["w"].value, by_hand(layer).detach())
     assert steps(model, "1.weight")["σ"].shape == ()
     shared = nn.Sequential(layer, layer)
@@ -186,7 +180,7 @@ def test_a_weight_deep_in_a_model_is_found_by_its_qualified_name() -> None:
 def test_steps_neither_read_nor_refresh_the_stored_weight(way: str) -> None:
     fc = getattr(WeightNorm(), way)(nn.Linear(3, 2))
     stale = carrier.store_of(fc)["weight"]
-    change_parts(fc)
+    make_stale(fc)
     with detect_stale():
         steps(fc)
     assert carrier.store_of(fc)["weight"] is stale
@@ -196,7 +190,7 @@ def test_steps_are_copies_without_gradient() -> None:
     fc = WeightNorm().apply(nn.Linear(3, 2))
     shown = steps(fc)
     before = shown["v"].value.clone()
-    change_parts(fc)
+    make_stale(fc)
     assert torch.equal(shown["v"].value, before)
     assert not any(step.value.requires_grad for step in shown)
 
@@ -313,7 +307,7 @@ def change_v_of_spectral_norm(net: nn.Module) -> None:
 
 
 CHANGES: dict[str, Callable[[nn.Module], None]] = {
-    "in place": lambda net: change_parts(net.block.layers[0]),
+    "in place": lambda net: make_stale(net.block.layers[0]),
     "SGD": sgd_step,
     "SGD fused": lambda net: sgd_step(net, fused=True),
     "Adam foreach": lambda net: adam_step(net, foreach=True),
@@ -396,7 +390,7 @@ def test_one_stale_weight_of_an_rnn_is_named() -> None:
 def test_the_model_given_is_where_the_path_starts() -> None:
     net = nn.Sequential(Net())
     layer = net[0].block.layers[0]
-    change_parts(layer)
+    make_stale(layer)
     with detect_stale(), pytest.raises(StaleWeightError, match=r"^weight of this Linear is stale"):
         layer.weight  # noqa: B018
     with detect_stale(net), pytest.raises(StaleWeightError, match=r"^0\.block\.layers\.0\.weight of this Sequential"):
@@ -407,7 +401,7 @@ def test_the_model_given_is_where_the_path_starts() -> None:
 
 def test_a_norm_that_no_module_holds_is_shown_with_its_settings() -> None:
     net = nn.Sequential(WeightNorm(dim=1).apply(nn.Linear(3, 3)))
-    change_parts(net[0])
+    make_stale(net[0])
     with detect_stale(), pytest.raises(StaleWeightError) as caught:
         net(X)
     assert "where wn is WeightNorm('weight', dim=1):\n\n    wn.recompute(model[0])\n" in str(caught.value)
@@ -424,7 +418,7 @@ def test_of_two_norms_the_line_has_the_one_that_makes_the_weight() -> None:
             return self.fc(x)
 
     two = Two()
-    change_parts(two.fc)
+    make_stale(two.fc)
     with detect_stale(), pytest.raises(StaleWeightError, match=r"self\.wn\.recompute\(self\.fc\)"):
         two(X)
 
@@ -461,10 +455,10 @@ def test_a_weight_that_is_computed_anew_at_the_read_is_not_stale() -> None:
             lambda: net.block.wn.assign(layer, torch.ones(2, 3)),
             lambda: recompute_all(net),
         ):
-            change_parts(layer)
+            make_stale(layer)
             refresh()
             torch.testing.assert_close(net(X), F.linear(X, by_hand(layer), layer.bias))
-        change_parts(layer)
+        make_stale(layer)
         torch.testing.assert_close(copy.deepcopy(net)(X), F.linear(X, by_hand(layer), layer.bias))
 
 
@@ -473,13 +467,13 @@ def test_parts_that_were_replaced_or_left_by_a_transform_are_computed_anew_and_n
     layer = net.block.layers[0]
     with detect_stale(net):
         net(X)
-        change_parts(layer)
+        make_stale(layer)
         layer.weight_g = nn.Parameter(torch.tensor([[2.0], [3.0]]))
         torch.testing.assert_close(net(X), F.linear(X, by_hand(layer), layer.bias))
         net.block.forgets = False
         torch.func.grad(lambda x: net(x).sum())(X)
         net.block.forgets = True
-        change_parts(layer)
+        make_stale(layer)
         torch.testing.assert_close(net(X), F.linear(X, by_hand(layer), layer.bias))
 
 
@@ -524,7 +518,7 @@ def test_compiling_and_tracing_work_inside() -> None:
             layer = net.block.layers[0]
             torch.testing.assert_close(compiled(X), F.linear(X, by_hand(layer), layer.bias))
         traced = torch.jit.trace(net, X)
-        change_parts(net.block.layers[0])
+        make_stale(net.block.layers[0])
         torch.testing.assert_close(traced(X), F.linear(X, by_hand(layer), layer.bias))
 
 
@@ -659,7 +653,7 @@ def test_a_change_while_a_cached_block_holds_the_weight_raises(way: str) -> None
     layer = getattr(WeightNorm(), way)(nn.Linear(3, 2))
     with detect_stale(layer), cached(layer):
         layer(X)
-        change_parts(layer)
+        make_stale(layer)
         with pytest.raises(StaleWeightError, match=r"cached\(model\) block holds it. Change them after the block"):
             layer(X)
 
@@ -684,7 +678,7 @@ def test_it_is_off_before_and_after_and_leaves_nothing_behind() -> None:
         net(X)
     assert carrier.on_read is None
     assert [set(vars(module)) for module in net.modules()] == keys
-    change_parts(net.block.layers[0])
+    make_stale(net.block.layers[0])
     net(X)  # silently stale, as ever
 
 
@@ -747,7 +741,7 @@ def in_thread(function: Callable[[], Any]) -> Any:
 
 def test_the_reads_of_other_threads_are_not_watched() -> None:
     net = Net()
-    change_parts(net.block.layers[0])
+    make_stale(net.block.layers[0])
     with detect_stale(net):
         assert isinstance(in_thread(lambda: net(X)), Tensor)
         with pytest.raises(StaleWeightError):
@@ -756,7 +750,7 @@ def test_the_reads_of_other_threads_are_not_watched() -> None:
 
 def test_threads_enter_and_leave_in_any_order() -> None:
     net = Net()
-    change_parts(net.block.layers[0])
+    make_stale(net.block.layers[0])
     entered, leave = threading.Event(), threading.Event()
 
     def stays_longer() -> None:
@@ -764,7 +758,7 @@ def test_threads_enter_and_leave_in_any_order() -> None:
             entered.set()
             leave.wait(60)
             recompute_all(net)  # what another thread computed is not used in this one
-            change_parts(net.block.layers[0])
+            make_stale(net.block.layers[0])
             net(X)
 
     found: list[Any] = []
@@ -846,7 +840,7 @@ def test_every_layer_gets_mean_0_and_variance_1(
     make: Callable[[], nn.Module], shape: tuple[int, ...], channels: int, way: str
 ) -> None:
     layer, x = getattr(WeightNorm(dim="out"), way)(make()), 3 * torch.randn(shape) + 1
-    change_parts(layer)
+    make_stale(layer)
     v = layer.weight_v.detach().clone()
     assert data_dependent_init(layer, x) == ["weight"]
     assert_standardized(plain_twin(layer)(x), channels)
@@ -886,7 +880,7 @@ def deep_model(way: str = "inline") -> nn.Module:
 def test_a_deep_model_is_standardized_layer_after_layer(training: bool) -> None:
     model, x = deep_model().train(training), torch.randn(64, 2, 9)
     for index in (0, 3, 8):
-        change_parts(model[index])
+        make_stale(model[index])
     assert data_dependent_init(model, x) == ["0.weight", "3.weight", "8.weight"]
     found = preactivations(plain_twin(model), x)
     for path in ("0", "3", "8"):
@@ -909,7 +903,7 @@ def test_layers_that_are_recomputed_by_hand_go_in_the_order_of_the_forward() -> 
 
     model, x = Backwards(), torch.randn(32, 4)
     for layer in (model.first, model.last):
-        change_parts(layer)
+        make_stale(layer)
     assert data_dependent_init(model, x, scale=5.0) == ["first.weight", "last.weight"]
     assert_standardized(model(x, scale=5.0), 1)
     hidden = F.linear(5 * x, by_hand(model.first), model.first.bias)
@@ -929,7 +923,7 @@ def test_what_is_no_linear_or_convolution_is_left_alone() -> None:
             return self.fc(self.embedding(x))
 
     model, x = Mixed(), torch.arange(9)
-    change_parts(model.embedding)
+    make_stale(model.embedding)
     before = copy.deepcopy(model.embedding.state_dict())
     assert data_dependent_init(model, x) == ["fc.weight"]
     assert_standardized(model(x), 1)
@@ -954,7 +948,7 @@ def test_a_weight_used_by_a_function_and_one_held_by_cached_are_initialized() ->
             return F.linear(input=x, weight=self.fc.weight, bias=self.fc.bias)
 
     model, x = Functional(), torch.randn(32, 4)
-    change_parts(model.fc)
+    make_stale(model.fc)
     with cached(model):
         data_dependent_init(model, x)
         assert_standardized(model(x), 1)
@@ -965,7 +959,7 @@ def test_a_transformer_layer_is_initialized_on_its_fast_path_too() -> None:
     layer, x = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), torch.randn(8, 5, 8)
     names = apply_all(layer, WeightNorm())
     for module in (layer.linear1, layer.linear2):
-        change_parts(module)
+        make_stale(module)
     assert data_dependent_init(layer.eval(), x) == names == ["linear1.weight", "linear2.weight"]
     found = preactivations(plain_twin(layer).train(), x)
     assert_standardized(found["linear1"], -1)

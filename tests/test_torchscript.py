@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 import pytest
 import torch
+from layers import make_stale
 from torch import Tensor, nn
 
 import explicit_wn
@@ -23,13 +24,6 @@ def by_hand(module: Any, dim: int = 0) -> Tensor:
     """g · v / ‖v‖, from the parts as they are now."""
     g, v = module.weight_g, module.weight_v
     return g * v / v.square().sum([d for d in range(v.dim()) if d != dim], keepdim=True).sqrt()
-
-
-def change_parts(module: Any) -> None:
-    """Makes the stored weight stale."""
-    with torch.no_grad():
-        module.weight_g.mul_(2)
-        module.weight_v.add_(0.5)
 
 
 class Net(nn.Module):
@@ -245,7 +239,7 @@ def pair(make: Callable[[], nn.Module], verb: str = "inline") -> tuple[Any, Any]
     """A normed module whose parts were changed, and a plain one with the weight that they make."""
     plain: Any = make()
     module: Any = getattr(WeightNorm(), verb)(copy.deepcopy(plain))
-    change_parts(module)
+    make_stale(module)
     with torch.no_grad():
         plain.weight.copy_(by_hand(module))
     return module, plain
@@ -291,7 +285,7 @@ def test_a_normed_forward_scripts_where_the_plain_one_does(make: Callable[[], nn
     module, plain = pair(make, verb)
     x = torch.randn(4, 3)
     scripted, scripted_plain = torch.jit.script(module), torch.jit.script(plain)
-    change_parts(module)
+    make_stale(module)
     with torch.no_grad():
         plain.weight.copy_(by_hand(module))
     results = 0
@@ -315,7 +309,7 @@ def test_what_torch_cannot_script_plain_it_cannot_script_inlined(make: Callable[
 
 def test_a_whole_number_for_eps_scripts() -> None:
     module: Any = WeightNorm(eps=1).inline(nn.Linear(3, 2))
-    change_parts(module)
+    make_stale(module)
     x, v = torch.randn(4, 3), module.weight_v
     weight = module.weight_g * v / v.square().sum(1, keepdim=True).sqrt().clamp(min=1)
     torch.testing.assert_close(torch.jit.script(module)(x), nn.functional.linear(x, weight, module.bias))
@@ -353,7 +347,7 @@ def test_a_forward_may_refer_to_what_is_defined_later() -> None:
     def doubled(x: Tensor) -> Tensor:
         return x * 2
 
-    change_parts(module)
+    make_stale(module)
     x = torch.randn(4, 3)
     wanted = nn.functional.linear(x, by_hand(module)) * 2
     torch.testing.assert_close(module(x), wanted)
@@ -368,7 +362,7 @@ class Generating(Weighted):
 
 def test_a_forward_may_be_a_generator() -> None:
     module, x = WeightNorm().inline(Generating()), torch.randn(4, 3)
-    change_parts(module)
+    make_stale(module)
     wanted = nn.functional.linear(x, by_hand(module))
     for factor, result in enumerate(module(x), start=1):
         torch.testing.assert_close(result, wanted * factor)
@@ -388,10 +382,10 @@ def test_pin_freeze_alone_cannot_follow_a_call_through_an_interface() -> None:
 def test_after_our_script_it_folds_the_weight_of_the_moment(optimize: Callable[[Any], Any]) -> None:
     model, x = fresh_net().eval(), torch.randn(4, 3)
     scripted = explicit_wn.script(model)
-    change_parts(model.fc)
+    make_stale(model.fc)
     wanted = expected(model, x)
     frozen = optimize(scripted)
-    change_parts(model.fc)
+    make_stale(model.fc)
     torch.testing.assert_close(frozen(x), wanted)
     assert not {"aten::_weight_norm", "prim::CallMethod"} & {node.kind() for node in frozen.graph.nodes()}
     torch.testing.assert_close(scripted(x), expected(model, x))
@@ -479,7 +473,7 @@ def test_a_module_norms_a_parameter_of_its_own() -> None:
     module, x = Own(), torch.randn(4, 3)
     scripted = torch.jit.script(module)
     for _ in range(2):
-        change_parts(module)
+        make_stale(module)
         torch.testing.assert_close(scripted(x), nn.functional.linear(x, by_hand(module)))
         torch.testing.assert_close(module(x), nn.functional.linear(x, by_hand(module)))
 
@@ -487,7 +481,7 @@ def test_a_module_norms_a_parameter_of_its_own() -> None:
 def test_a_scripted_module_shares_its_parts_with_the_eager_one() -> None:
     model, x = Net(), torch.randn(4, 3)
     scripted = torch.jit.script(model)
-    change_parts(model.fc)
+    make_stale(model.fc)
     torch.testing.assert_close(scripted(x), expected(model, x))
     with torch.no_grad():
         scripted.fc.weight_g.mul_(3)
@@ -500,7 +494,7 @@ def test_script_copies_a_weight_that_is_fresh() -> None:
     layer = WeightNorm().apply(nn.Linear(3, 2))
     x = torch.randn(4, 3)
     layer(x)
-    change_parts(layer)
+    make_stale(layer)
     scripted = torch.jit.script(layer)
     torch.testing.assert_close(scripted.weight, by_hand(layer))
     torch.testing.assert_close(scripted(x), nn.functional.linear(x, by_hand(layer), layer.bias))
@@ -526,7 +520,7 @@ def test_a_layer_with_two_names_is_fresh_under_both() -> None:
     scripted = torch.jit.script(model)
     assert scripted.fc is not scripted.body[0]
     for _ in range(2):
-        change_parts(model.fc)
+        make_stale(model.fc)
         weight = by_hand(model.fc)
         hidden = nn.functional.linear(x, weight, model.fc.bias)
         wanted = nn.functional.linear(hidden, weight, model.fc.bias).tanh()
@@ -554,7 +548,7 @@ def test_a_layer_that_is_told_when_to_recompute_does_it_only_then() -> None:
     for form in (model, torch.jit.script(model)):
         form(x, True)
         wanted = nn.functional.linear(x, by_hand(model.fc), model.fc.bias)
-        change_parts(model.fc)
+        make_stale(model.fc)
         torch.testing.assert_close(form(x, False), wanted)
         wanted = nn.functional.linear(x, by_hand(model.fc), model.fc.bias)
         torch.testing.assert_close(form(x, True), wanted)
@@ -574,7 +568,7 @@ def test_limit_a_weight_read_under_a_name_that_is_neither_called_nor_recomputed_
     model, x = ReadsUnderAnotherName(), torch.randn(4, 3)
     scripted = torch.jit.script(model)
     stale = nn.functional.linear(x, by_hand(model.fc)).detach()
-    change_parts(model.fc)
+    make_stale(model.fc)
     torch.testing.assert_close(model(x), nn.functional.linear(x, by_hand(model.fc)))
     torch.testing.assert_close(scripted(x).detach(), stale)
 
@@ -585,13 +579,13 @@ def test_scripting_changes_nothing_for_the_eager_modules_of_that_class() -> None
     compiled(x)
     torch.jit.script(model)
     with torch.compiler.set_stance("fail_on_recompile"):
-        change_parts(model.fc)
+        make_stale(model.fc)
         torch.testing.assert_close(compiled(x), expected(model, x))
     for each in (model, other, copy.deepcopy(model)):
-        change_parts(each.fc)
+        make_stale(each.fc)
         torch.testing.assert_close(each(x), expected(each, x))
         stale = expected(each, x)
-        change_parts(each.fc)
+        make_stale(each.fc)
         torch.testing.assert_close(each.fc(x), stale)
     assert type(WeightNorm().remove(model.fc)) is nn.Linear
 

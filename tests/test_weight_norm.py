@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from layers import make_stale
 from torch import Tensor, nn
 
 from explicit_wn import WeightNorm
@@ -18,13 +19,6 @@ def by_hand(module: nn.Module, name: str, dim: int | None, eps: float = 0.0) -> 
     squares = v.square().sum(others, keepdim=True) if others else v.square()
     norm = squares.sqrt() if dim is not None else v.square().sum().sqrt()
     return g * v / norm.clamp(min=eps)
-
-
-def change_parts(module: nn.Module, name: str = "weight") -> None:
-    """Makes the stored weight stale."""
-    with torch.no_grad():
-        getattr(module, f"{name}_g").mul_(2)
-        getattr(module, f"{name}_v").add_(0.5)
 
 
 def holding(weight: Tensor) -> nn.Module:
@@ -70,7 +64,7 @@ def test_dims_of_R_count_from_one_and_null_or_minus_one_mean_the_whole_tensor(
     dim_in_r: int | None, dim: int | None
 ) -> None:
     module = WeightNorm.from_r("weight", dim_in_r).apply(nn.Conv1d(2, 3, 4))
-    change_parts(module)
+    make_stale(module)
     WeightNorm("weight").recompute(module)
     torch.testing.assert_close(module.weight, by_hand(module, "weight", dim))
     assert module.weight_g.numel() == (1 if dim is None else module.weight.shape[dim])
@@ -128,7 +122,7 @@ def test_out_gives_every_output_channel_its_own_magnitude(
 def test_out_is_the_first_dim_of_every_other_parameter(layer: nn.Module, name: str) -> None:
     shape = getattr(layer, name).shape
     layer = WeightNorm(name, dim="out").apply(copy.deepcopy(layer))
-    change_parts(layer, name)
+    make_stale(layer, name)
     WeightNorm(name).recompute(layer)
     torch.testing.assert_close(getattr(layer, name), by_hand(layer, name, 0))
     assert getattr(layer, f"{name}_g").shape == (shape[0], *[1] * (len(shape) - 1))
