@@ -141,7 +141,7 @@ def save_and_load(progress: Progress, vocoder: nn.Module, folder: Path, expected
 
 def export(progress: Progress, vocoder: nn.Module, folder: Path, expected: Tensor) -> None:
     with progress.step("Export it for any number of frames, and save that"):
-        exported = torch.export.export(vocoder, (FRAMES,), dynamic_shapes=({0: torch.export.Dim("frames")},))
+        exported = torch.export.export(vocoder, (FRAMES,), dynamic_shapes=({0: torch.export.Dim("frames", max=4096)},))
         torch.export.save(exported, folder / "vocoder.pt2")
     print(f"   vocoder.pt2 has {(folder / 'vocoder.pt2').stat().st_size / 1e6:.1f} MB")
     with progress.step(f"Load the export, and run it on {len(MORE_FRAMES)} frames"):

@@ -157,20 +157,26 @@ def onnx(model: nn.Module, file: Path) -> Run:
     return lambda signal: torch.from_numpy(session.run(None, {"signal": signal.numpy()})[0])
 
 
+def run_executorch(exported: torch.export.ExportedProgram, file: Path) -> Run:
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    file.write_bytes(to_edge_transform_and_lower(exported).to_executorch().buffer)
+    forward = Runtime.get().load_program(file).load_method("forward")
+    return lambda signal: forward.execute([signal])[0].clone()
+
+
 def executorch(model: nn.Module, file: Path) -> Run:
     with quiet():
         try:
-            from executorch.exir import to_edge_transform_and_lower
-            from executorch.runtime import Runtime
+            run_executorch(torch.export.export(nn.ReLU(), (EXAMPLE,)), file)(EXAMPLE)
         except ImportError:
             raise
         except Exception as error:  # made for another torch, it may fail in any way
-            raise Skipped(f"{type(error).__name__}: {error}") from error
-        program = to_edge_transform_and_lower(export(model)).to_executorch()
-        file.write_bytes(program.buffer)
-        forward = Runtime.get().load_program(file).load_method("forward")
-        forward.execute([EXAMPLE])
-    return lambda signal: forward.execute([signal])[0].clone()
+            raise Skipped(f"executorch does not work beside torch {torch.__version__}: {error}") from error
+        run = run_executorch(export(model), file)
+        run(EXAMPLE)
+    return run
 
 
 RUNTIMES = {

@@ -303,7 +303,7 @@ class Reparametrization(nn.Module):
         if dim == -1 and self.default_dim is None:
             reason = (
                 "dim=-1 means the whole tensor to torch's weight_norm and the last dimension to most readers; say "
-                f"dim=None for one norm of the whole tensor, or dim={max(ndim - 1, 0)} to keep the last dimension"
+                f"dim=None for one norm of the whole tensor, or dim={ndim - 1} to keep the last dimension"
             )
             raise self._refusal(module, name, reason)
         if not -ndim <= dim < ndim:

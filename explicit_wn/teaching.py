@@ -134,7 +134,7 @@ def _shown(value: Tensor) -> str:
         return "on meta" if value.is_meta else "empty"
     matrix = value.reshape(1, -1) if value.dim() < 2 else value.flatten(1)
     numbers = matrix[:_MOST, :_MOST].double().cpu()
-    largest = numbers.abs().nan_to_num(0, 0, 0).max().item()
+    largest = numbers.abs().nan_to_num(0, 0).max().item()
     style = ".4f" if largest == 0 or 1e-3 <= largest < 1e5 else ".3e"
     lines = [[format(number, style) for number in row] for row in numbers.tolist()]
     width = max(len(number) for line in lines for number in line)

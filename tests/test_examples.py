@@ -2,17 +2,17 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import STRICT_PYTHON
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(name: str, folder: Path) -> str:
     """What an example prints, run in an empty folder; nothing on stderr is fine, anything else is not."""
-    command = [sys.executable, "-W", "error", EXAMPLES / name]
+    command = [*STRICT_PYTHON, EXAMPLES / name]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL)
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr == ""

@@ -3,6 +3,7 @@
 The example is run once, and keeps its files and the C++ program for the rest of the tests.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from programs import STRICT_PYTHON
 from tcn import NORMED, TemporalConvNet
 from torch import Tensor, nn
 
@@ -29,10 +31,27 @@ HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"),
 MISSING = [
     name for name in ("onnxruntime", "onnxscript", "executorch", "torchao") if not importlib.util.find_spec(name)
 ]
+RUNS_EXECUTORCH = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path; from export_everywhere import EXAMPLE, run_executorch; import torch
+run_executorch(torch.export.export(torch.nn.ReLU(), (EXAMPLE,)), Path(sys.argv[2]) / "model.pte")(EXAMPLE)
+"""
+
+
+@functools.cache
+def executorch_is_missing() -> list[str]:
+    """What keeps any model from running there: its package is not there, or is made for another torch."""
+    if "executorch" in MISSING:
+        return ["executorch"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", "-c", RUNS_EXECUTORCH, EXAMPLE.parent, folder]
+        failed = subprocess.run(command, capture_output=True).returncode
+    return ["executorch does not work beside torch"] if failed else []
+
+
 WHAT_IS_MISSING = {
     "AOTInductor package": [] if HAS_COMPILER else ["C++ compiler"],
     "ONNX Runtime": [name for name in MISSING if name.startswith("onnx")],
-    "ExecuTorch program": [name for name in MISSING if name == "executorch"],
     "C++, TorchScript file": [] if HAS_COMPILER and shutil.which("cmake") else ["C++ compiler|cmake"],
 }
 WHAT_IS_MISSING["C++, AOTInductor package"] = WHAT_IS_MISSING["C++, TorchScript file"]
@@ -51,7 +70,7 @@ FILES = {
 def run_example(cwd: Path, *command: str | Path, **environment: str) -> str:
     """What it prints, run in an empty folder; a word on stderr is an error."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", *command],
+        [*STRICT_PYTHON, *command],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -90,16 +109,20 @@ def measured(printed: str) -> dict[str, list[float]]:
     return {name: [float(cell) for cell in row] for name, row in rows.items() if len(row) > 1}
 
 
+def what_is_missing(name: str) -> list[str]:
+    return executorch_is_missing() if name == "ExecuTorch program" else WHAT_IS_MISSING.get(name, [])
+
+
 def need(name: str) -> None:
-    if WHAT_IS_MISSING.get(name):
-        pytest.skip(f"{name} needs {' and '.join(WHAT_IS_MISSING[name])}")
+    if what_is_missing(name):
+        pytest.skip(f"{name} cannot run here: {' and '.join(what_is_missing(name))}")
 
 
 def test_every_runtime_has_its_row_and_is_skipped_only_for_what_is_not_installed(printed: str) -> None:
     rows = rows_of(printed)
     assert list(rows) == ["eager", *FILES]
     for name, row in rows.items():
-        missing = WHAT_IS_MISSING.get(name)
+        missing = what_is_missing(name)
         if missing:
             assert re.search("|".join(missing), row[0]), name
         else:
@@ -176,9 +199,7 @@ def run_scripted(file: Path, signals: list[Tensor]) -> Outputs:
 
 
 def run_exported(file: Path, signals: list[Tensor]) -> Outputs:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # torch 2.10
-        return map(torch.export.load(file).module(), signals)
+    return map(torch.export.load(file).module(), signals)
 
 
 def run_package(file: Path, signals: list[Tensor]) -> Outputs:

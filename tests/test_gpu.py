@@ -37,7 +37,6 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:The tensor attributes? self\.layer\._flat_weights:UserWarning"),
     pytest.mark.filterwarnings("ignore:Converting a tensor to a Python:torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
     pytest.mark.filterwarnings("ignore:No complete tensor found in the group:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning"),
 ]

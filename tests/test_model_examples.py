@@ -10,13 +10,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from programs import STRICT_PYTHON
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(example: str, *arguments: str) -> str:
     """What an example prints, warnings being errors."""
-    command = [sys.executable, "-W", "error", str(EXAMPLES / example), *arguments]
+    command = [*STRICT_PYTHON, str(EXAMPLES / example), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stdout + done.stderr, "a progress bar in what is no terminal"

@@ -189,6 +189,7 @@ def test_it_trains_like_its_original(real: RealModel) -> None:
 
 
 @models
+@pytest.mark.filterwarnings("ignore:.*functools.lru_cache:UserWarning")  # torch 2.10, about transformers
 @pytest.mark.parametrize("way", ["export", "trace", "compile"])
 def test_it_exports_traces_and_compiles(real: RealModel, way: str) -> None:
     model, x = real.converted(), real.input()

@@ -3,10 +3,10 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import STRICT_PYTHON
 from torch import Tensor
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -14,8 +14,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def run(name: str, *arguments: object) -> str:
     """What the example prints; a warning, but for torch's deprecations, is an error."""
-    warnings = ["-W", "error", "-W", "ignore::DeprecationWarning:torch"]
-    command = [sys.executable, *warnings, str(EXAMPLES / name), *map(str, arguments)]
+    command = [*STRICT_PYTHON, "-W", "ignore::DeprecationWarning:torch", str(EXAMPLES / name), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "Agg"})
     assert done.returncode == 0, done.stderr
     return done.stdout
