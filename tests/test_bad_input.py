@@ -136,6 +136,7 @@ DIMS: dict[str, Case] = {
     "too small": case(linear, "dim=-3", "2 dimensions", "from 0 to 1, or None", dim=-3),
     "too large for a bias": case(linear, "'bias'", "dim=1", "from 0 to 0, or None", name="bias", dim=1),
     "-1": case(linear, "dim=-1", "whole tensor", "dim=None", KEEP_LAST, dim=-1),
+    "-1 of a bias": case(linear, "dim=-1", "dim=0 to keep the last dimension", name="bias", dim=-1),
     "-1 of the object": case(linear, "dim=-1", "whole tensor", "dim=None", KEEP_LAST, norm=WeightNorm(dim=-1)),
     "True": case(linear, "not True", 'an int, "out" or None', dim=True, error=TypeError),
     "False": case(linear, "not False", 'an int, "out" or None', norm=WeightNorm(dim=False), error=TypeError),
@@ -157,6 +158,7 @@ WEIGHTS: dict[str, Case] = {
     "scalar": case(lambda: holding(torch.tensor(2.0)), "scalar", "leave it"),
     "one zero slice": case(lambda: zeros_at(3), "dim 0", "slices 3 are", "NaN", "eps"),
     "some zero slices": case(lambda: zeros_at(1, 4, dim=1), "dim 1", "slices 1, 4 are", "NaN", "eps", dim=1),
+    "five zero slices": case(lambda: zeros_at(*range(5)), "slices 0, 1, 2, 3, 4 are zero", "eps"),
     "many zero slices": case(lambda: zeros_at(*range(7)), "slices 0, 1, 2, 3, 4 and 2 more are", "eps"),
     "all zero": case(lambda: zeros_at(*range(8)), "all of it is zero", "eps", norm=WeightNorm(dim=None)),
     "zero bias": case(lambda: zero_bias(), "'bias'", "slices 1 are", "eps", name="bias"),
@@ -165,6 +167,7 @@ EPS: dict[str, Case] = {
     str(eps): case(linear, f"eps={eps!r}", f"a number from 0 up, not {eps!r}", norm=WeightNorm(eps=eps))
     for eps in (-1.0, -1e-12, float("nan"), float("inf"), True, "1e-6", None)
 }
+EPS["1e-40"] = case(linear, "eps=1e-40 is 0 in single precision", "1e-12", norm=WeightNorm(eps=1e-40))
 
 
 def zero_bias() -> nn.Module:
@@ -293,6 +296,14 @@ def test_verbs_on_what_is_not_normed_say_what_it_carries(
     module, wn = make(), WeightNorm()
     says = (repr(wn), "'weight' of this", "Linear:", "WeightNorm.apply(module) was not called", carries)
     refused(lambda: act(wn, module), module, *says)
+
+
+def test_the_smallest_eps_of_single_precision_is_one() -> None:
+    tiny = torch.finfo(torch.float32).tiny
+    for norm in WeightNorm(eps=tiny), SpectralNorm(eps=tiny):
+        module = linear()
+        weight = module.weight.detach().clone()
+        torch.testing.assert_close(norm.remove(norm.apply(module)).weight.detach().sign(), weight.sign())
 
 
 def test_a_container_of_what_is_wanted_says_so() -> None:

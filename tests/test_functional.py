@@ -85,6 +85,26 @@ def test_norm_is_that_of_torch_to_the_last_bit(
     torch.testing.assert_close(gradients(norm, v), gradients(expected, v), **exact)
 
 
+def test_the_last_dim_of_a_large_weight_is_torchs_kernel_to_the_last_bit() -> None:
+    """Only for a dim between the first and the last is there a formula of our own."""
+    v = random(32, 16, 9, dtype=torch.float32)
+    for dim in (0, 2):
+        g = magnitude(v, dim)
+        assert torch.equal(weight_norm(v, g, dim), torch._weight_norm(v, g, dim))
+
+
+def test_a_power_iteration_by_its_defaults_is_one_over_the_rows_that_survives_zeros() -> None:
+    orig, u, v = random(3, 4), torch.ones(3).double(), torch.ones(4).double()
+    by_hand_v = orig.t() @ u / (orig.t() @ u).norm()
+    by_hand_u = orig @ by_hand_v / (orig @ by_hand_v).norm()
+    functional.power_iteration(1e-9 * orig, u, v)
+    torch.testing.assert_close((u, v), (by_hand_u, by_hand_v))
+    torch.testing.assert_close(functional.spectral_norm(orig, u, v), orig / (u @ orig @ v))
+    functional.power_iteration(0 * orig, u, v)
+    assert not u.any()
+    assert not v.any()
+
+
 def test_norm_takes_power_2_and_dim_0_by_default() -> None:
     v = random(3, 4)
     torch.testing.assert_close(norm_except_dim(v), norm_by_hand(v, 2, 0))
@@ -319,7 +339,7 @@ def test_norm_is_called_from_a_scripted_function(function: Any, power: float, di
     torch.testing.assert_close(gradients(scripted(v), v), gradients(norm_by_hand(v, power, dim), v))
 
 
-@pytest.mark.parametrize("eps", [0.0, 100.0])
+@pytest.mark.parametrize("eps", [0.0, 1.5, 100.0])  # below the norms, among them, and above
 @pytest.mark.parametrize(("shape", "dim"), [((7,), 0), ((3, 4), 0), ((3, 2, 4), 1), ((3, 4), -2), ((3, 4), None)])
 def test_weight_compiles_with_torchscript(shape: tuple[int, ...], dim: int | None, eps: float) -> None:
     v = random(*shape)

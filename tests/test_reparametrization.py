@@ -628,7 +628,11 @@ def test_a_clone_and_a_fresh_object_act_on_what_another_one_normed() -> None:
         assert type(other.remove(module)) is nn.Linear
 
 
-@pytest.mark.parametrize("decorate", [lambda cls: cls, attrs.define], ids=["no decorator", "slots"])
+@pytest.mark.parametrize(
+    "decorate",
+    [lambda cls: cls, attrs.define, attrs.define(eq=False, on_setattr=None), attrs.define(slots=False)],
+    ids=["no decorator", "the bare one", "slots", "eq"],
+)
 def test_a_norm_that_torch_cannot_use_says_which_line_it_wants(decorate: Callable[[type], type]) -> None:
     class Doubled(Reparametrization):
         name: str = "weight"

@@ -249,6 +249,16 @@ def test_hooks_of_others_stay_in_their_order(norm: Norm) -> None:
     assert called == ["before the norm", "after the norm", "forward"]
 
 
+def test_a_load_hook_of_the_users_own_stays() -> None:
+    """Even if it looks like torch's: a closure with a variable called name."""
+    name, called = "weight", []
+    model = parametrized_weight_norm(nn.Linear(4, 3))
+    model.register_load_state_dict_pre_hook(lambda *arguments: called.append(name))
+    convert(model)
+    model.load_state_dict(model.state_dict())
+    assert called == ["weight"]
+
+
 @both_norms
 def test_nothing_is_converted_twice(norm: Norm) -> None:
     model = LINEAR.model(norm)
