@@ -2,7 +2,8 @@
 
 torch's kernel is fused for the first and the last dim only; for one between them it takes several times as long. Here
 the weight is seen as a matrix whose rows are the dimensions before `dim`, and summed over the rows first, in long
-stretches of memory; the gradient is written out, in fewer passes over the weight than autograd makes.
+stretches of memory; the gradient is written out, in fewer passes over the weight than autograd makes. What is left is
+bound by memory: v is read twice for the weight, and v and the gradient are read twice for the gradients.
 """
 
 from typing import Any
@@ -30,6 +31,21 @@ def _over_rest(matrix: Tensor, g: Tensor) -> Tensor:
     return matrix.sum(0).view(g.numel(), -1).sum(1)
 
 
+def _sum_of_products(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    """`_over_rest(a * b, g)`; on a CPU in blocks of rows, one after the other, whose products stay in the cache."""
+    rows = max(1, _IN_A_BLOCK // a.size(1)) if a.is_cpu else a.size(0)
+    blocks = zip(torch.split(a, rows), torch.split(b, rows), strict=True)
+    first, second = next(blocks)
+    products = first * second
+    for first, second in blocks:
+        products[: first.size(0)].addcmul_(first, second)
+    return _over_rest(products, g)
+
+
+_IN_A_BLOCK = 1 << 17
+"""How many numbers: few enough for the cache, enough to be worth a call."""
+
+
 def _over_columns(scale: Tensor, matrix: Tensor) -> Tensor:
     """Each entry of `scale` for all the columns that belong to it."""
     return scale.unsqueeze(1).expand(-1, matrix.size(1) // scale.numel()).reshape(-1)
@@ -41,11 +57,10 @@ class _WeightNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, g: Tensor, dim: int) -> Tensor:
         matrix = _as_matrix(v, dim)
-        squares = matrix * matrix
-        norm = _over_rest(squares, g).sqrt()
+        norm = _sum_of_products(matrix, matrix, g).sqrt()
         ctx.dim = dim
         ctx.save_for_backward(v, g, norm)
-        return torch.mul(matrix, _over_columns(g.flatten() / norm, matrix), out=squares).view_as(v)
+        return (matrix * _over_columns(g.flatten() / norm, matrix)).view_as(v)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -55,10 +70,9 @@ class _WeightNorm(torch.autograd.Function):
             found = iter(torch.autograd.grad(weight_norm(v, g, ctx.dim), wanted, grad, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
         matrix, grad = _as_matrix(v, ctx.dim), _as_matrix(grad.contiguous(), ctx.dim)
-        products = grad * matrix
-        grad_g, scale = _over_rest(products, g) / norm, g.flatten() / norm
-        torch.mul(grad, _over_columns(scale, matrix), out=products)
-        grad_v = products.addcmul_(matrix, _over_columns(grad_g * scale / norm, matrix), value=-1)
+        grad_g, scale = _sum_of_products(grad, matrix, g) / norm, g.flatten() / norm
+        grad_v = grad * _over_columns(scale, matrix)
+        grad_v.addcmul_(matrix, _over_columns(grad_g * scale / norm, matrix), value=-1)
         return grad_v.view_as(v), grad_g.view_as(g), None
 
 
@@ -66,8 +80,7 @@ def weight_norm_in_eager_mode(v: Tensor, g: Tensor, dim: int) -> Tensor:
     """The fastest of them for whoever asks."""
     if capture.capturing():
         return torch._weight_norm(v, g, dim)  # which a compiler takes to pieces
-    differentiable = torch.is_grad_enabled() and (v.requires_grad or g.requires_grad)
-    if differentiable and not capture.is_transformed():
-        result: Tensor = _WeightNorm.apply(v, g, dim)  # type: ignore[no-untyped-call]
-        return result
-    return weight_norm(v, g, dim)
+    if capture.is_transformed():
+        return weight_norm(v, g, dim)
+    result: Tensor = _WeightNorm.apply(v, g, dim)  # type: ignore[no-untyped-call]
+    return result

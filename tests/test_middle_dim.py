@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from explicit_wn import WeightNorm, functional, middle_dim
 
 CASES = [((16, 32, 9), 1), ((8, 16, 6, 6), 1), ((8, 6, 16, 6), 2), ((3, 8, 5, 4, 12), 3), ((1, 64, 64), 1)]
+IN_BLOCKS = [((600, 256, 3), 1), ((3, 2, 90000, 1), 2)]  # three and a half of them; rows that are longer than one
 
 
 def parts(shape: tuple[int, ...], dim: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -35,7 +36,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-@pytest.mark.parametrize(("shape", "dim"), CASES)
+@pytest.mark.parametrize(("shape", "dim"), CASES + IN_BLOCKS)
 def test_value_and_gradients_are_the_formulas(shape: tuple[int, ...], dim: int, used: list[Any]) -> None:
     v, g = parts(shape, dim)
     weight = functional.weight_norm(v, g, dim)
@@ -60,7 +61,7 @@ def test_second_derivatives_are_the_formulas(shape: tuple[int, ...], dim: int, f
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize(("shape", "dim"), CASES)
+@pytest.mark.parametrize(("shape", "dim"), CASES + IN_BLOCKS)
 def test_single_precision_is_as_exact_as_torchs(shape: tuple[int, ...], dim: int) -> None:
     v, g = parts(shape, dim, torch.float32)
     exact = expected(v.double(), g.double(), dim)
