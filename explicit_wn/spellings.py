@@ -161,9 +161,6 @@ def _remove_hook(module: nn.Module, name: str) -> None:
             hook = getattr(hook, "fn", hook)  # and the state-dict hooks of SpectralNorm hold the hook itself
             if isinstance(hook, (WeightNormHook, SpectralNormHook)) and hook.name == name:
                 del hooks[key]
-    for part in ("g", "v", "orig", "u"):
-        module._parameters.pop(f"{name}_{part}", None)
-        module._buffers.pop(f"{name}_{part}", None)
 
 
 def _remove_parametrization(module: nn.Module, name: str) -> None:

@@ -628,6 +628,15 @@ def test_a_clone_and_a_fresh_object_act_on_what_another_one_normed() -> None:
         assert type(other.remove(module)) is nn.Linear
 
 
+def test_an_object_of_another_name_acts_on_what_is_normed_when_it_is_told_the_name() -> None:
+    module, other = WeightNorm("bias", dim=0).apply(nn.Linear(3, 2)), WeightNorm("weight")
+    bias = torch.tensor([1.0, -2.0])
+    other.assign(module, bias, name="bias")
+    torch.testing.assert_close(other.compute_weight(module, "bias").detach(), bias)
+    assert type(other.remove(module, "bias")) is nn.Linear
+    torch.testing.assert_close(module.bias.detach(), bias)
+
+
 @pytest.mark.parametrize(
     "decorate",
     [lambda cls: cls, attrs.define, attrs.define(eq=False, on_setattr=None), attrs.define(slots=False)],

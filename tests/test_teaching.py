@@ -532,14 +532,15 @@ def test_parts_that_are_nan_are_not_a_change() -> None:
         assert net(X).isnan().any()
 
 
-def test_half_precision_and_a_whole_tensor_norm_are_watched() -> None:
-    layer = WeightNorm(dim=None).apply(nn.Linear(3, 2).bfloat16())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_precision_and_a_whole_tensor_norm_are_watched(dtype: torch.dtype) -> None:
+    layer = WeightNorm(dim=None).apply(nn.Linear(3, 2).to(dtype))
     assert layer.weight_g.dim() == 0
     with detect_stale():
-        layer(X.bfloat16())
+        layer(X.to(dtype))
         layer.weight_g.data.mul_(2)
         with pytest.raises(StaleWeightError, match="stale"):
-            layer(X.bfloat16())
+            layer(X.to(dtype))
 
 
 # the classic error
