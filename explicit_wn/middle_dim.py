@@ -42,7 +42,7 @@ def _sum_of_products(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     return _over_rest(products, g)
 
 
-_IN_A_BLOCK = 1 << 17
+_IN_A_BLOCK = 1 << 18
 """How many numbers: few enough for the cache, enough to be worth a call."""
 
 

@@ -349,7 +349,7 @@ def main() -> None:
     where = f"torch {torch.__version__}, {machine(chosen.device)}, {date.today()}"
     print(f"\nTime (and memory) by that of the plain module: ours, and in brackets the better peer. {where}")
     for threads in chosen.threads:
-        print(f"\n{threads} threads\n\n{as_table(rows, threads)}")
+        print(f"\nthreads: {threads}\n\n{as_table(rows, threads)}")
     if chosen.out:
         (chosen.out / "speed.json").write_text(json.dumps({"where": where, "rows": rows}, indent=1) + "\n")
         chart(rows, chosen.out / "speed.png", where)
