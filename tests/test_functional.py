@@ -105,6 +105,12 @@ def test_a_power_iteration_by_its_defaults_is_one_over_the_rows_that_survives_ze
     assert not v.any()
 
 
+def test_a_matrix_has_the_first_dim_as_its_rows_by_default_and_a_vector_its_length() -> None:
+    weight, vector = random(3, 4, 2), 1e-3 * random(5)
+    assert torch.equal(functional.as_matrix(weight), weight.flatten(1))
+    torch.testing.assert_close(functional.spectral_norm(vector), vector / vector.norm())
+
+
 def test_norm_takes_power_2_and_dim_0_by_default() -> None:
     v = random(3, 4)
     torch.testing.assert_close(norm_except_dim(v), norm_by_hand(v, 2, 0))
