@@ -71,10 +71,11 @@ class Recipe:
         known = {*self.parts, *settings}
         if advance is not None and not known.issuperset(inspect.signature(advance).parameters):
             advance = None
+        labels = [f"{kind} {self.owner}", f"{kind} {name}", *([INLINED] if self.inlined else [])]
         derived = {
             "norm": self.norm_class(**settings),
             "name": name,
-            "labels": tuple({f"{kind} {self.owner}": 0, f"{kind} {name}": 0} | ({INLINED: 0} if self.inlined else {})),
+            "labels": tuple(dict.fromkeys(labels)),
             "attributes": tuple(f"{name}_{part}" for part in self.parts),
             "formula": formula,
             "formula_once": capture.once(formula, () if advance is None else self.norm_class.buffer_parts),
