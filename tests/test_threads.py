@@ -351,6 +351,15 @@ def test_a_weight_without_gradient_of_another_thread_is_not_used(verb: str) -> N
     assert torch.autograd.grad(weight.sum(), [layer.weight_g, layer.weight_v])
 
 
+def test_a_read_of_another_thread_leaves_what_this_one_stored() -> None:
+    layer = WeightNorm().apply(nn.Linear(3, 2)).double()
+    weight = layer.weight  # computed for this read, and stored
+    assert layer.weight is weight
+    [elsewhere] = in_threads(lambda: layer.weight)
+    assert elsewhere is not weight
+    assert layer.weight is weight
+
+
 def test_a_graph_of_another_thread_is_not_entered() -> None:
     layer, x = WeightNorm().apply(nn.Linear(3, 2)), torch.randn(4, 3)
     WeightNorm().recompute(layer)

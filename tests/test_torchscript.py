@@ -618,3 +618,29 @@ def test_the_scripted_formula_with_eps_is_that_of_eager_mode(
     )
     scripted = torch.jit.script(functional.weight_norm)
     torch.testing.assert_close(scripted(v, g, dim, 0.5), functional.weight_norm(v, g, dim, 0.5))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wn = WeightNorm()
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.wn.apply(self.attention.out_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.attention.out_proj)
+        return self.attention(x, x, x)[0]
+
+
+def test_the_out_proj_of_an_attention_is_recomputed_and_not_inlined() -> None:
+    """nn.MultiheadAttention reads its weight and does not call it."""
+    model, x = Attention(), torch.randn(5, 2, 4)
+    scripted = torch.jit.script(model)
+    make_stale(model.attention.out_proj)
+    plain = copy.deepcopy(model)
+    plain.wn.remove(plain.attention.out_proj)
+    torch.testing.assert_close(scripted(x), plain.attention(x, x, x)[0])
+    WeightNorm().inline(plain.attention.out_proj)
+    torch.testing.assert_close(model(x), plain.attention(x, x, x)[0])
+    with pytest.raises(RuntimeError, match=r"out_proj without calling it.*recompute\(attention.out_proj\)"):
+        torch.jit.script(plain.attention)
