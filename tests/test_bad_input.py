@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from whole_models import lines_run
+from whole_models import first_and_last_visits, lines_run
 
 from explicit_wn import SpectralNorm, WeightNorm
 
@@ -420,12 +420,6 @@ def test_the_attributes_of_a_module_survive_a_failed_call_even_if_they_cannot_be
 
 
 # Ctrl-C
-
-
-def first_and_last_visits(lines: list[tuple[str, int]]) -> list[int]:
-    last = {line: index for index, line in enumerate(lines)}
-    first = {line: index for index, line in reversed(list(enumerate(lines)))}
-    return sorted({*first.values(), *last.values()})
 
 
 def own_lstm() -> nn.Module:

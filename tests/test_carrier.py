@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import Recomputing, first_output, make_stale
+from layers import Recomputing, first_output, make_stale, weight_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -26,13 +26,7 @@ Factory = Callable[[], nn.Module]
 
 def by_hand(module: nn.Module, name: str = "weight", dim: int | None = 0) -> Tensor:
     """g · v / ‖v‖, in float64, from the parts as they are now."""
-    part = getattr(module, f"{name}_v")
-    g, v = getattr(module, f"{name}_g").double(), part.double()
-    if dim is None:
-        return (g * v / v.square().sum().sqrt()).to(part.dtype)
-    rows = v.transpose(0, dim).flatten(1) if v.dim() > 1 else v[:, None]
-    norms = rows.square().sum(1).sqrt()
-    return (g * v / norms.reshape([-1 if d == dim else 1 for d in range(v.dim())])).to(part.dtype)
+    return weight_of(getattr(module, f"{name}_g"), getattr(module, f"{name}_v"), dim)
 
 
 RNN_NAMES = ("weight_hh_l0", "weight_ih_l1")

@@ -134,24 +134,17 @@ def test_a_forward_without_gradients_in_between_changes_nothing(norm: Any, form:
 
 @every_norm
 @every_form
-def test_two_forwards_and_one_backward(norm: Any, form: str) -> None:
+@pytest.mark.parametrize("backward", ["one", "the other way round"])
+def test_two_forwards_and_their_backward(norm: Any, form: str, backward: str) -> None:
     model = build(norm, form)
     with model.block():
         first, before = forward(model, batch(1))
         second, after = forward(model, batch(2))
-        (loss_of(first) + loss_of(second)).backward()
-    assert_gradients(model, expected_gradients(model, (before, batch(1)), (after, batch(2))))
-
-
-@every_norm
-@every_form
-def test_two_forwards_and_their_backwards_the_other_way_round(norm: Any, form: str) -> None:
-    model = build(norm, form)
-    with model.block():
-        first, before = forward(model, batch(1))
-        second, after = forward(model, batch(2))
-        loss_of(second).backward(retain_graph=form == "cached")  # one computation for the whole block
-        loss_of(first).backward()
+        if backward == "one":
+            (loss_of(first) + loss_of(second)).backward()
+        else:
+            loss_of(second).backward(retain_graph=form == "cached")  # one computation for the whole block
+            loss_of(first).backward()
     assert_gradients(model, expected_gradients(model, (before, batch(1)), (after, batch(2))))
 
 

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import attrs
 import pytest
 import torch
-from layers import first_output, make_stale
+from layers import first_output, make_stale, weight_of
 from torch import Tensor, nn
 
 from explicit_wn import WeightNorm
@@ -28,12 +28,7 @@ every_layer = pytest.mark.parametrize(("make", "name", "shape"), LAYERS.values()
 
 def by_hand(module: nn.Module, name: str = "weight", dim: int | None = 0) -> Tensor:
     """g · v / ‖v‖, from the parts as they are now."""
-    g, v = getattr(module, f"{name}_g"), getattr(module, f"{name}_v")
-    if dim is None:
-        return g * v / v.square().sum().sqrt()
-    rows = v.transpose(0, dim).flatten(1) if v.dim() > 1 else v[:, None]
-    norms = rows.square().sum(1).sqrt()
-    return g * v / norms.reshape([-1 if d == dim else 1 for d in range(v.dim())])
+    return weight_of(getattr(module, f"{name}_g"), getattr(module, f"{name}_v"), dim)
 
 
 def plain_with(plain: nn.Module, **weights: Tensor) -> nn.Module:

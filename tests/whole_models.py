@@ -260,15 +260,20 @@ def lines_run(act: Callable[[], Any], interrupt_before: int | None = None) -> li
     return lines
 
 
+def first_and_last_visits(lines: list[tuple[str, int]]) -> list[int]:
+    """Where in `lines` each of them comes for the first and for the last time."""
+    last = {line: index for index, line in enumerate(lines)}
+    first = {line: index for index, line in reversed(list(enumerate(lines)))}
+    return sorted({*first.values(), *last.values()})
+
+
 def interrupted(
     build: Callable[[], nn.Module], verb: Callable[[nn.Module], Any]
 ) -> Iterator[tuple[nn.Module, Picture]]:
     """A model for every line of the package that `verb` runs, with `verb` interrupted there, and how it was before."""
     verb(build())  # what is made once per process is made
     lines = lines_run(lambda: verb(model), None) if (model := build()) else []
-    last = {line: index for index, line in enumerate(lines)}
-    first = {line: index for index, line in reversed(list(enumerate(lines)))}
-    for index in sorted({*first.values(), *last.values()}):
+    for index in first_and_last_visits(lines):
         model = build()
         before = Picture(model)
         lines_run(lambda model=model: verb(model), index)
