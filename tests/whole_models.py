@@ -3,6 +3,7 @@
 `Picture` holds everything that a refused call must leave alone. `interrupted` is Ctrl-C, at every line of the package.
 """
 
+import gc
 import sys
 import warnings
 from collections import Counter
@@ -271,13 +272,17 @@ def interrupted(
     build: Callable[[], nn.Module], verb: Callable[[nn.Module], Any]
 ) -> Iterator[tuple[nn.Module, Picture]]:
     """A model for every line of the package that `verb` runs, with `verb` interrupted there, and how it was before."""
-    verb(build())  # what is made once per process is made
-    lines = lines_run(lambda: verb(model), None) if (model := build()) else []
-    for index in first_and_last_visits(lines):
-        model = build()
-        before = Picture(model)
-        lines_run(lambda model=model: verb(model), index)
-        yield model, before
+    gc.disable()  # or a generated class that is collected has to be made again, and other lines run than were counted
+    try:
+        verb(build())  # what is made once per process is made
+        lines = lines_run(lambda: verb(model), None) if (model := build()) else []
+        for index in first_and_last_visits(lines):
+            model = build()
+            before = Picture(model)
+            lines_run(lambda model=model: verb(model), index)
+            yield model, before
+    finally:
+        gc.enable()
 
 
 def is_unchanged(model: nn.Module, before: Picture) -> bool:
