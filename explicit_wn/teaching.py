@@ -315,7 +315,7 @@ def _name_and_advice(module: nn.Module, recipe: Recipe, models: list[nn.Module])
     model, path = _find(module, models)
     name = f"{_join(path, recipe.name)} of this {carrier.base_of(model).__name__}"
     names = path.split(".") if path else []
-    norm, place, depth = "wn", "before the model is called", 0
+    norm, place = "wn", "before the model is called"
     for depth in range(len(names), -1, -1):
         owner = model.get_submodule(".".join(names[:depth]))
         held = [child for child in owner._modules if _is_norm_of(recipe, owner._modules[child])]

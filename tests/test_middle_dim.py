@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from explicit_wn import WeightNorm, functional, middle_dim
 
 CASES = [((16, 32, 9), 1), ((8, 16, 6, 6), 1), ((8, 6, 16, 6), 2), ((3, 8, 5, 4, 12), 3), ((1, 64, 64), 1)]
-IN_BLOCKS = [((1200, 256, 3), 1), ((3, 2, 150000, 1), 2)]  # three and a half of them; rows that are longer than one
+IN_BLOCKS = [((1200, 256, 3), 1), ((3, 2, 300000, 1), 2)]  # three and a half of them; rows that are longer than one
 
 
 def parts(shape: tuple[int, ...], dim: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
