@@ -204,13 +204,13 @@ class Reparametrization(nn.Module):
         """A copy of this object, as R6's `clone`; a norm refers to nothing that `deep` would copy."""
         return attrs.evolve(self)  # type: ignore[misc]
 
-    # How it shows
-
     @classmethod
     def part_names(cls) -> set[str]:
         """What the formula takes that is no setting."""
         settings = {field.name for field in attrs.fields(cls)}  # type: ignore[arg-type]
         return set(inspect.signature(cls.formula).parameters) - settings
+
+    # How it shows
 
     @property
     def label(self) -> str:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from layers import Recomputing, first_output, make_stale, weight_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from explicit_wn import WeightNorm, carrier
+from explicit_wn import WeightNorm, carrier, functional
 from explicit_wn.recipe import Recipe
 
 Factory = Callable[[], nn.Module]
@@ -260,6 +261,24 @@ def expected_with(model: nn.Module, name: str, x: Tensor, parts: dict[str, Tenso
     return plain(x)[0].detach()
 
 
+def test_a_class_that_says_how_it_is_made_is_made_so() -> None:
+    made = []
+
+    class Made(nn.Linear):
+        def __new__(cls, *arguments: int) -> Any:
+            made.append(arguments)
+            return super().__new__(cls)
+
+        def __getnewargs__(self) -> tuple[int, int]:
+            return 3, 4
+
+    layer, x = WeightNorm().inline(Made(5, 2)), torch.randn(1, 5)
+    copied = copy.deepcopy(layer)
+    assert made == [(5, 2), (3, 4)]
+    make_stale(copied)
+    torch.testing.assert_close(copied(x), x @ weight_of(copied.weight_g, copied.weight_v, 0).t() + copied.bias)
+
+
 # Tampered data
 
 
@@ -276,6 +295,17 @@ class Naming:
 class ShownAsCode:
     def __repr__(self) -> str:
         return "__import__('os').abort()"
+
+
+@attrs.define
+class LooksLikeANorm:
+    name: str
+    dim: int
+    eps: float
+
+    kind = "LooksLikeANorm"
+    advance = None
+    formula = staticmethod(functional.weight_norm)
 
 
 RUNS_CODE = "x;'''\nif 1:\n    if 1:\n        raise SystemExit('this ran') #"
@@ -307,6 +337,7 @@ TAMPERED = {
     "no recipe": Naming(carrier.rebuild, nn.Linear, ()),
     "a str for a recipe": Naming(carrier.rebuild, nn.Linear, ("weight",)),
     "a norm that is no module": Naming(carrier.rebuild, nn.Linear, (recipe(norm_class=dict),)),
+    "a norm that only looks like one": Naming(carrier.rebuild, nn.Linear, (recipe(norm_class=LooksLikeANorm),)),
     "a norm that is another module": Naming(carrier.rebuild, nn.Linear, (recipe(norm_class=nn.Linear),)),
     "code for a name": Naming(
         carrier.rebuild, nn.Linear, (recipe(settings=with_setting("name", RUNS_CODE), parts=("g",), owner=RUNS_CODE),)
@@ -476,6 +507,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused(change: dict[str, Any], says:
         target.load_state_dict(state)
     message = str(raised.value).replace("0.weight", "weight")
     assert says in message
+
+
+def test_a_checkpoint_with_a_weight_that_cannot_be_split_is_refused_even_if_names_may_differ() -> None:
+    target = WeightNorm().apply(nn.Linear(3, 2))
+    with pytest.raises(RuntimeError, match="slices 0, 1 are zero"):
+        target.load_state_dict({"weight": torch.zeros(2, 3)}, strict=False)
 
 
 def test_a_checkpoint_without_the_layer_leaves_it_alone_if_it_may() -> None:

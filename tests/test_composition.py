@@ -80,6 +80,8 @@ def test_a_pruned_part_trains_under_its_mask(form: type[Any], part: str) -> None
     other = "weight_v" if part == "weight_g" else "weight_g"
     mask = model.fc.get_buffer(f"{part}_mask").clone()
     assert 0 < mask.sum() < mask.numel()
+    model(torch.ones(1, 4))
+    assert (model.fc.weight is model.fc.weight) == (form is Explicit)  # computed once
     pruned, whole, bias = parts = parts_of(model.fc, f"{part}_orig", other, "bias")
 
     def formula(x: Tensor) -> Tensor:

@@ -158,6 +158,14 @@ def test_one_recompute_is_one_computation_in_compiled_inference(make: Callable[[
     assert computations(forward) == 1
 
 
+def test_that_is_so_in_a_process_that_has_captured_nothing_before() -> None:
+    """What Dynamo was told of our functions, by whatever ran before, it knows until its process ends."""
+    one = f"{__file__}::{test_one_recompute_is_one_computation_in_compiled_inference.__name__}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", one]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTEST_ADDOPTS": ""})
+    assert done.returncode == 0, done.stdout
+
+
 @often
 @pytest.mark.parametrize(
     "script", [None, torch.jit.script, explicit_wn.script], ids=["eager", "torch_script", "our_script"]

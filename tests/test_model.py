@@ -1,11 +1,13 @@
 """The verbs over a whole model: apply_all, normed, recompute_all, cached, fold and report."""
 
 import copy
+import gc
 import io
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -450,6 +452,15 @@ def test_cached_nests(make: Callable[[], nn.Module]) -> None:
         model(X)
         assert model[0].fc.weight is weight
     torch.testing.assert_close(model[0](X).detach(), twice_by_hand(model[0]))
+
+
+def test_after_the_block_an_inlined_weight_is_let_go_and_the_other_stays() -> None:
+    inlined, applied = WeightNorm().inline(nn.Linear(4, 4)), WeightNorm().apply(nn.Linear(4, 4))
+    with cached(nn.Sequential(inlined, applied)):
+        gone, kept = weakref.ref(inlined.weight), applied.weight
+    gc.collect()
+    assert gone() is None
+    assert applied.weight is kept
 
 
 def test_an_inner_block_of_the_whole_computes_what_the_outer_one_does_not_hold() -> None:
@@ -1050,7 +1061,9 @@ REFUSED = [(verb, wrong) for verb in VERBS for wrong in WRONG if (verb, wrong) !
 
 @pytest.mark.parametrize(("verb", "wrong"), REFUSED)
 def test_what_is_no_model_is_refused(verb: str, wrong: str) -> None:
-    with pytest.raises(TypeError, match=f"{verb} wants the model first, an nn.Module in eager mode"):
+    got = {"a norm": r"the norm WeightNorm\('weight', dim=0\)", "a str": "a str", "a script": "a RecursiveScriptModule"}
+    says = f"{verb} wants the model first, an nn.Module in eager mode, and got {got[wrong]}"
+    with pytest.raises(TypeError, match=says):
         VERBS[verb](WRONG[wrong]())
 
 

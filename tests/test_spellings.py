@@ -203,6 +203,7 @@ def test_a_vector_normed_by_the_spectral_parametrization_is_converted() -> None:
     assert convert(model) == ["layer.bias"]
     torch.testing.assert_close(model.layer.bias.detach(), expected)
     assert list(model.state_dict()) == ["layer.weight", "layer.bias_orig"]
+    assert [norm.n_power_iterations for _, _, norm in normed(model)] == [1]
 
 
 def test_a_vector_normed_by_the_spectral_hook_is_converted() -> None:

@@ -113,6 +113,7 @@ def test_an_eps_is_a_step_of_its_own() -> None:
     shown = steps(fc)
     assert shown["n"].value[0] == 0.5
     assert "0.5" in shown["n"].expression
+    assert shown["v/n"].expression == "v / n"
     torch.testing.assert_close(shown["w"].value, by_hand(fc, eps=0.5).detach())
 
 
@@ -230,8 +231,13 @@ def test_the_html_table_has_a_row_for_each_step_and_keeps_the_lines_of_a_matrix(
         (torch.zeros(2), "0.0000  0.0000"),
         (torch.tensor([1e-7, 2e6]), "1.000e-07  2.000e+06"),
         (torch.tensor([torch.nan, torch.inf, 1.0]), "   nan     inf  1.0000"),
-        (torch.ones(8), "  ".join(["1.0000"] * 6) + "  …"),
-        (torch.ones(8, 1), "1.0000\n" * 6 + "…"),
+        (torch.tensor(1e-3, dtype=torch.float64), "0.0010"),
+        (torch.tensor(1e5), "1.000e+05"),
+        (torch.tensor(-1e-4), "-1.000e-04"),
+        (torch.ones(6), "  ".join(["1.0000"] * 6)),
+        (torch.ones(7), "  ".join(["1.0000"] * 6) + "  …"),
+        (torch.ones(6, 1), "\n".join(["1.0000"] * 6)),
+        (torch.ones(7, 1), "1.0000\n" * 6 + "…"),
         (torch.ones(2, 2, 2, dtype=torch.bfloat16), "\n".join(["  ".join(["1.0000"] * 4)] * 2)),
         (torch.ones(0, 2), "empty"),
         (torch.ones(2, device="meta"), "on meta"),
@@ -709,6 +715,12 @@ def test_blocks_nest() -> None:
     assert carrier.on_read is None
 
 
+def test_the_inner_of_two_blocks_explains_a_second_backward() -> None:
+    net = Net()
+    with detect_stale(), pytest.raises(StaleWeightError, match=SECOND_BACKWARD), detect_stale():
+        repeat(backward, net)
+
+
 def test_it_decorates_a_function() -> None:
     net = Net()
 
@@ -1012,12 +1024,25 @@ def assert_same(found: dict[str, Any], before: dict[str, Any]) -> None:
     assert found == before
 
 
+class Counting(nn.Module):
+    """Puts another buffer in the place of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return x
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_otherwise_what_it_was(training: bool) -> None:
     model = nn.Sequential(
         WeightNorm().inline(nn.Linear(4, 6)),
         nn.BatchNorm1d(6),
         nn.Dropout(0.5),
+        Counting(),
         SpectralNorm().inline(nn.Linear(6, 6)),
         nn.ReLU(),
         WeightNorm().inline(nn.Linear(6, 3)),
@@ -1081,6 +1106,8 @@ def test_channels_that_do_not_vary_are_refused_by_number() -> None:
     refused(model, LATER[:1], match="over the 1 values of each")
     model.insert(1, nn.Threshold(1e9, 0.5))
     refused(model, LATER, match=r"initialize 2 \(Linear\).*channels \[0, 1, 2, 3, 4\] and 2 more do not vary")
+    model[2] = WeightNorm().inline(nn.Linear(4, 5))
+    refused(model, LATER, match=r"initialize 2 \(Linear\).*channels \[0, 1, 2, 3, 4\] do not vary")
 
 
 def test_channels_that_vary_by_rounding_alone_are_refused() -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 import pytest
 import torch
-from layers import make_stale
+from layers import make_stale, weight_of
 from torch import Tensor, nn
 
 import explicit_wn
@@ -422,6 +422,21 @@ def test_importing_is_silent_and_leaves_the_warning_filters_alone() -> None:
     assert (done.stdout, done.stderr) == ("silent\n", "")
 
 
+class UnreadableComment(Weighted):
+    def forward(self, x, scale=2.0):
+        # type : (Tensor, float) -> Tensor
+        return nn.functional.linear(x, self.weight) * scale
+
+
+def test_a_comment_that_torchscript_cannot_read_is_its_own_affair() -> None:
+    module, x = WeightNorm().inline(UnreadableComment()), torch.randn(2, 3)
+    make_stale(module)
+    weight = weight_of(module.weight_g, module.weight_v, 0)
+    torch.testing.assert_close(module(x), x @ weight.t() * 2)
+    with pytest.raises(RuntimeError, match="annotation prefix"):
+        torch.jit.script(UnreadableComment())
+
+
 def test_pin_the_private_names_of_torch_jit_are_there() -> None:
     """Each stands in torchscript.py for want of a public one; if one is gone, it needs another way there."""
     assert callable(torch._C._jit_pass_inline)
@@ -608,7 +623,7 @@ def test_a_frozen_script_computes_no_norm_and_shares_nothing_with_the_model(eps:
 
 @pytest.mark.parametrize("dim", [None, 0, 1, -2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (4, 0)])
+@pytest.mark.parametrize("shape", [(3, 4), (1, 1), (0, 4), (4, 0)])
 def test_the_scripted_formula_with_eps_is_that_of_eager_mode(
     shape: tuple[int, int], dtype: torch.dtype, dim: int | None
 ) -> None:
