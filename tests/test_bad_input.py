@@ -522,6 +522,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from explicit_wn import WeightNorm
 
 class Net(nn.Module):
@@ -557,6 +558,13 @@ fully_shard(layer, mesh=mesh)
 expected = nn.functional.linear(x, g * v / v.square().sum(1, keepdim=True).sqrt(), bias)
 torch.testing.assert_close(layer(x), expected)
 print("WAYS OUT HOLD")
+
+net = Net()  # sharded by whatever else, its weight is what torch makes of the shards
+expected = net(x)
+for name, part in list(net.fc._parameters.items()):
+    net.fc._parameters[name] = nn.Parameter(distribute_tensor(part.detach(), mesh, [Shard(0)]))
+torch.testing.assert_close(net(distribute_tensor(x, mesh, [Replicate()])).full_tensor(), expected)
+print("OTHER SHARDS WORK")
 dist.destroy_process_group()
 """
 
@@ -564,7 +572,7 @@ dist.destroy_process_group()
 def test_fully_shard_on_the_layer_alone_says_what_to_do() -> None:
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    *_, refusal, ways_out = done.stdout.splitlines()  # gloo may have something to say first
+    *_, refusal, ways_out, others = done.stdout.splitlines()  # gloo may have something to say first
     for text in (
         "WeightNorm('weight', dim=0)",
         "'weight' of this Linear",
@@ -574,3 +582,4 @@ def test_fully_shard_on_the_layer_alone_says_what_to_do() -> None:
     ):
         assert text in refusal
     assert ways_out == "WAYS OUT HOLD"
+    assert others == "OTHER SHARDS WORK"
