@@ -218,6 +218,10 @@ def test_within_a_trace_a_changed_part_makes_a_new_tensor(part: int) -> None:
     assert not second_is_first(change)
 
 
+def test_the_copy_that_a_backward_keeps_is_registered_once() -> None:
+    assert capture.held() is capture.held()
+
+
 def test_two_traces_share_nothing() -> None:
     formula, seen = capture.once(weight_norm), []
 

@@ -109,6 +109,7 @@ def test_a_matrix_has_the_first_dim_as_its_rows_by_default_and_a_vector_its_leng
     weight, vector = random(3, 4, 2), 1e-3 * random(5)
     assert torch.equal(functional.as_matrix(weight), weight.flatten(1))
     torch.testing.assert_close(functional.spectral_norm(vector), vector / vector.norm())
+    assert functional.spectral_norm(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_norm_takes_power_2_and_dim_0_by_default() -> None:

@@ -982,6 +982,14 @@ def test_a_hooks_weight_is_fresh_after_a_forward_in_every_precision(dtype: torch
     assert [row.state for row in report(model).rows] == ["stale", "stale"]
 
 
+def test_a_hooks_weight_of_nan_is_as_fresh_as_its_parts() -> None:
+    layer = hook_weight_norm(nn.Linear(3, 2))
+    with torch.no_grad():
+        layer.weight_v.fill_(torch.nan)
+    layer(torch.ones(1, 3))
+    assert [row.state for row in report(layer).rows] == ["fresh"]
+
+
 def test_a_hooks_weight_that_was_left_behind_by_a_cast_or_a_move_is_stale() -> None:
     for moved in (torch.float64, torch.bfloat16, torch.device("meta")):
         model = hook_weight_norm(nn.Linear(3, 2)).to(moved)

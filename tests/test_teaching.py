@@ -538,6 +538,14 @@ def test_parts_that_are_nan_are_not_a_change() -> None:
         assert net(X).isnan().any()
 
 
+def test_parts_without_numbers_are_not_watched() -> None:
+    net = Net().to("meta")
+    with detect_stale(net):
+        net(X.to("meta"))
+        for _ in range(2):
+            assert net.block.layers[0].weight.is_meta
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_precision_and_a_whole_tensor_norm_are_watched(dtype: torch.dtype) -> None:
     layer = WeightNorm(dim=None).apply(nn.Linear(3, 2).to(dtype))
