@@ -406,11 +406,12 @@ def test_the_model_given_is_where_the_path_starts() -> None:
 
 
 def test_a_norm_that_no_module_holds_is_shown_with_its_settings() -> None:
-    net = nn.Sequential(WeightNorm(dim=1).apply(nn.Linear(3, 3)))
-    make_stale(net[0])
+    layer = WeightNorm(dim=1).apply(nn.Linear(3, 3))
+    net = nn.Sequential(nn.Sequential(layer))
+    make_stale(layer)
     with detect_stale(), pytest.raises(StaleWeightError) as caught:
         net(X)
-    assert "where wn is WeightNorm('weight', dim=1):\n\n    wn.recompute(model[0])\n" in str(caught.value)
+    assert "where wn is WeightNorm('weight', dim=1):\n\n    wn.recompute(model[0][0])\n" in str(caught.value)
 
 
 def test_of_two_norms_the_line_has_the_one_that_makes_the_weight() -> None:
