@@ -24,6 +24,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import capture, torchscript
 from .recipe import INLINED, Recipe
@@ -304,13 +305,19 @@ class Carrier(nn.Module):
         return applied
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        for recipe in self._normed:
-            recipe.norm.respell(state_dict, prefix, recipe.parts)
-            objection = _split_plain(self, recipe, state_dict, prefix)
-            if objection:
-                rest[-1].append(objection)  # what load_state_dict raises in the end
-        store_of(self).clear()
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        errors = rest[-1]  # what load_state_dict raises in the end
+        known = len(errors)
+        with contextlib.suppress(_DoesNotFit), all_or_nothing(self), values_or_nothing(_own_tensors(self)):
+            for recipe in self._normed:
+                recipe.norm.respell(state_dict, prefix, recipe.parts)
+                objection = _split_plain(self, recipe, state_dict, prefix)
+                if objection:
+                    errors.append(objection)
+            if len(errors) == known:
+                store_of(self).clear()
+                super()._load_from_state_dict(state_dict, prefix, *rest)
+            if len(errors) > known:
+                raise _DoesNotFit
         store_of(self).clear()
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -360,6 +367,15 @@ def _run_inlined(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
     finally:
         for recipe in recipes:
             store.running.pop((thread, recipe.name), None)
+
+
+class _DoesNotFit(Exception):
+    """What a checkpoint has for a module is not what the module holds."""
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    own: list[Any] = [*module._parameters.values(), *module._buffers.values()]
+    return [tensor for tensor in own if tensor is not None and not is_lazy(tensor)]
 
 
 def _split_plain(module: nn.Module, recipe: Recipe, state_dict: dict[str, Any], prefix: str) -> str | None:
@@ -476,6 +492,21 @@ def all_or_nothing(*modules: nn.Module) -> Iterator[None]:
             for container, content in contents:
                 container.clear()
                 container.update(content)
+        raise
+
+
+@contextlib.contextmanager
+def values_or_nothing(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """What is written into `tensors` in this block is written whole; an exception, Ctrl-C included, undoes it."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except GeneratorExit:
+        raise
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
         raise
 
 

@@ -189,15 +189,10 @@ class Reparametrization(nn.Module):
         with torch.no_grad():
             values = recipe.norm.inverse(weight.detach().to(current))
             parts = recipe.read(module)
-            before = {part: parts[part].clone() for part in values}
             carrier.store_of(module).pop(recipe.name, None)
-            try:
+            with carrier.values_or_nothing(parts[part] for part in values):
                 for part, value in values.items():
                     parts[part].copy_(value)
-            except BaseException:
-                for part, value in before.items():
-                    parts[part].copy_(value)
-                raise
         return module
 
     def clone(self: Self, deep: bool = False) -> Self:
