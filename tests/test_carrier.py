@@ -515,6 +515,13 @@ def test_a_checkpoint_with_a_weight_that_cannot_be_split_is_refused_even_if_name
         target.load_state_dict({"weight": torch.zeros(2, 3)}, strict=False)
 
 
+def test_a_checkpoint_goes_into_a_layer_with_parameters_that_are_none_or_not_initialized_yet() -> None:
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2, bias=False)
+    target.later = nn.parameter.UninitializedParameter()
+    WeightNorm().apply(target).load_state_dict({"weight": source.weight}, strict=False)
+    torch.testing.assert_close(target.weight, source.weight)
+
+
 def test_a_checkpoint_without_the_layer_leaves_it_alone_if_it_may() -> None:
     target = WeightNorm().apply(nn.Linear(3, 2))
     expected = target.weight.detach().clone()
