@@ -336,9 +336,13 @@ class Carrier(nn.Module):
             return reduced
         _, _, state, *rest = reduced
         if isinstance(state, dict):
-            own = torchscript.declarations(base_of(self), self._normed)  # which `rebuild` makes again
+            own = {*torchscript.declarations(base_of(self), self._normed), "_normed_store"}  # which `rebuild` makes
             state = {key: value for key, value in state.items() if key not in own}
         return rebuild, (base_of(self), self._normed), state, *rest
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        store_of(self).clear()  # an RNN reads its weights there, and a copy is as if nobody had
 
     def __prepare_scriptable__(self) -> "Carrier":
         torchscript.prepare(self, self._normed)

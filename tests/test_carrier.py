@@ -142,6 +142,22 @@ def test_the_copy_of_an_rnn_reads_its_own_weights(verb: str, copied: Callable[[A
     torch.testing.assert_close(twin(x)[0], plain(x)[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 2), lambda: nn.LSTM(3, 2)], ids=["Linear", "LSTM"])
+def test_the_first_read_of_a_copy_computes_and_the_original_keeps_what_it_has(
+    make: Callable[[], nn.Module], copied: Callable[[Any], Any]
+) -> None:
+    module: Any = make()
+    name = "weight_hh_l0" if isinstance(module, nn.LSTM) else "weight"
+    WeightNorm(name).apply(module)
+    stored = getattr(module, name)
+    twin = copied(module)
+    make_stale(twin, name)
+    parts = (getattr(twin, f"{name}_{part}") for part in "gv")
+    torch.testing.assert_close(getattr(twin, name), weight_of(*parts, 0))
+    assert getattr(module, name) is stored
+
+
 def test_a_shallow_copy_shares_the_parts_as_that_of_a_plain_module_does() -> None:
     module, x = WeightNorm().apply(nn.Linear(3, 2)), torch.randn(4, 3)
     module(x)
