@@ -50,6 +50,11 @@ def weight_of(g: Tensor, v: Tensor, dim: int | None, eps: float = 0.0) -> Tensor
     return (g.double() * v.double() / norm_of(v.double(), dim).clamp_min(eps)).to(v.dtype)
 
 
+def by_hand(module: nn.Module, name: str = "weight", dim: int | None = 0) -> Tensor:
+    """`weight_of` the parts of `module` as they are now."""
+    return weight_of(getattr(module, f"{name}_g"), getattr(module, f"{name}_v"), dim)
+
+
 def make_stale(module: nn.Module, *names: str) -> None:
     """Changes g and v of these weights behind the stored ones."""
     with torch.no_grad():

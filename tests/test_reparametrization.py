@@ -8,7 +8,7 @@ from typing import Any, Optional
 import attrs
 import pytest
 import torch
-from layers import first_output, make_stale, weight_of
+from layers import by_hand, first_output, make_stale
 from torch import Tensor, nn
 
 from explicit_wn import WeightNorm
@@ -24,11 +24,6 @@ LAYERS: dict[str, tuple[Factory, str, tuple[int, ...]]] = {
     "LSTM": (lambda: nn.LSTM(3, 2, num_layers=2), "weight_hh_l1", (4, 1, 3)),
 }
 every_layer = pytest.mark.parametrize(("make", "name", "shape"), LAYERS.values(), ids=LAYERS)
-
-
-def by_hand(module: nn.Module, name: str = "weight", dim: int | None = 0) -> Tensor:
-    """g · v / ‖v‖, from the parts as they are now."""
-    return weight_of(getattr(module, f"{name}_g"), getattr(module, f"{name}_v"), dim)
 
 
 def plain_with(plain: nn.Module, **weights: Tensor) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 import pytest
 import torch
-from layers import make_stale, weight_of
+from layers import make_stale
 from torch import Tensor, nn
 
 import explicit_wn
@@ -431,8 +431,7 @@ class UnreadableComment(Weighted):
 def test_a_comment_that_torchscript_cannot_read_is_its_own_affair() -> None:
     module, x = WeightNorm().inline(UnreadableComment()), torch.randn(2, 3)
     make_stale(module)
-    weight = weight_of(module.weight_g, module.weight_v, 0)
-    torch.testing.assert_close(module(x), x @ weight.t() * 2)
+    torch.testing.assert_close(module(x), x @ by_hand(module).t() * 2)
     with pytest.raises(RuntimeError, match="annotation prefix"):
         torch.jit.script(UnreadableComment())
 
