@@ -476,19 +476,15 @@ def carry(module: nn.Module, recipes: tuple[Recipe, ...]) -> None:
             module._init_flat_weights()
 
 
-@contextlib.contextmanager
-def all_or_nothing(*modules: nn.Module) -> Iterator[None]:
+def all_or_nothing(*modules: nn.Module) -> contextlib.AbstractContextManager[None]:
     """What happens to `modules` in this block happens whole; an exception, Ctrl-C included, undoes it."""
 
     def copied(container: Any) -> Any:
         return container.copy() if container else ()  # most are empty
 
     before = [(m, type(m), dict(vars(m)), [(vars(m)[n], copied(vars(m)[n])) for n in _CONTAINERS]) for m in modules]
-    try:
-        yield
-    except GeneratorExit:  # nothing failed in the block: Ctrl-C came before contextlib could end it
-        raise
-    except BaseException:
+
+    def undo() -> None:
         for module, cls, attributes, contents in before:
             module.__class__ = cls
             vars(module).clear()
@@ -496,21 +492,30 @@ def all_or_nothing(*modules: nn.Module) -> Iterator[None]:
             for container, content in contents:
                 container.clear()
                 container.update(content)
-        raise
+
+    return _undone_by_an_exception(undo)
 
 
-@contextlib.contextmanager
-def values_or_nothing(tensors: Iterable[Tensor]) -> Iterator[None]:
+def values_or_nothing(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
     """What is written into `tensors` in this block is written whole; an exception, Ctrl-C included, undoes it."""
     before = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    except GeneratorExit:
-        raise
-    except BaseException:
+
+    def undo() -> None:
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
+
+    return _undone_by_an_exception(undo)
+
+
+@contextlib.contextmanager
+def _undone_by_an_exception(undo: Callable[[], None]) -> Iterator[None]:
+    try:
+        yield
+    except GeneratorExit:  # nothing failed in the block: Ctrl-C came before contextlib could end it
+        raise
+    except BaseException:
+        undo()
         raise
 
 
