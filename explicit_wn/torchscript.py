@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import linecache
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from textwrap import dedent, indent
@@ -111,10 +112,14 @@ def methods(
     scope: dict[str, Any] = {"is_scripting": is_scripting, "recompute": recompute}
     made: dict[str, Any] = {}
     is_rnn, inlined = issubclass(base, nn.RNNBase), any(recipe.inlined for recipe in recipes)
-    exported = _define(_recompute_source(recipes, scope, is_rnn), "_recompute_normed", base, scope)
-    made["_recompute_normed"] = _jit.export(exported) if IS_THERE else exported
+    made["_recompute_normed"] = Exported(
+        _define(_recompute_source(recipes, scope, is_rnn), "_recompute_normed", base, scope)
+    )
     if is_rnn:  # the first thing that the forward of an RNN calls; that forward itself is overloaded and stays as it is
-        before = _RECOMPUTE_INLINED if inlined else f"if is_scripting():\n{indent(_RECOMPUTE_IF_NEVER_TOLD, '    ')}"
+        scripted = _RECOMPUTE_INLINED if inlined else _RECOMPUTE_IF_NEVER_TOLD
+        before = f"if is_scripting():\n{indent(scripted, '    ')}\n"
+        if inlined:
+            before += 'else:\n    recompute(self, "inlined")\n'
         source = "def _update_flat_weights(self) -> None:\n" + indent(before, "    ")
         made["_update_flat_weights"] = _define(source, "_update_flat_weights", base, scope)
     elif inlined and base.forward is not nn.Module.forward:
@@ -125,6 +130,26 @@ def methods(
 
 _RECOMPUTE_INLINED = 'self._recompute_normed("inlined")'
 _RECOMPUTE_IF_NEVER_TOLD = 'if not self._was_told_to_recompute:\n    self._recompute_normed("")'
+
+
+class Exported:
+    """A method that `torch.jit.script` compiles because it is there, and that `torch.jit.trace` is not shown.
+
+    A trace runs the module, and compiles what is marked with `torch.jit.export`; one such mark has it put the whole
+    module through TorchScript, which a plain layer is spared. So who looks for marks on behalf of a trace sees none.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+        self.marked = _jit.export(_renamed(function, function.__name__)) if IS_THERE else function
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        looks_for_a_trace = sys._getframe(1).f_code.co_name in _LOOK_FOR_A_TRACE
+        return (self.function if looks_for_a_trace else self.marked).__get__(module, owner)
+
+
+_LOOK_FOR_A_TRACE = ("module_has_exports", "make_stubs_from_exported_methods")
+"""The functions of torch that look for marks when they trace; `torch.jit.script` has one of its own."""
 
 
 def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[str, Any]:
@@ -143,20 +168,18 @@ def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[s
 
 def _recompute_source(recipes: "tuple[Recipe, ...]", scope: dict[str, Any], is_rnn: bool) -> str:
     """The source of `_recompute_normed`; the functions it calls are added to `scope`."""
-    lines = ["def _recompute_normed(self, label: str) -> None:", "    if is_scripting():"]
-    labels = dict.fromkeys(label for recipe in recipes for label in recipe.labels)
+    lines = ["def _recompute_normed(self, label: str) -> None:"]
     keyword = "if"
-    for label in labels:
-        lines.append(f"        {keyword} label == {label!r}:")
+    for label in dict.fromkeys(label for recipe in recipes for label in recipe.labels):
+        lines.append(f"    {keyword} label == {label!r}:")
         keyword = "elif"
         for index, recipe in enumerate(recipes):
             if label in recipe.labels:
-                lines += [" " * 12 + line for line in _statements(recipe, index, scope, is_rnn)]
-        lines.append("            self._was_told_to_recompute = True")
-    lines.append("        else:")
+                lines += [" " * 8 + line for line in _statements(recipe, index, scope, is_rnn)]
+        lines.append("        self._was_told_to_recompute = True")
+    lines.append("    else:")
     for index, recipe in enumerate(recipes):
-        lines += [" " * 12 + line for line in _statements(recipe, index, scope, is_rnn, advance=False)]
-    lines += ["    else:", "        recompute(self, label)"]
+        lines += [" " * 8 + line for line in _statements(recipe, index, scope, is_rnn, advance=False)]
     return "\n".join(lines) + "\n"
 
 
@@ -193,8 +216,9 @@ def _wrapped_forward(base: type[nn.Module], before: str, eager: Any) -> Any:
     """
     forward: Any = base.forward
     inner: Any = inspect.unwrap(forward)
-    parameters, arguments, returns, comment = _signature(inner)
-    lines = [*([comment] if comment else []), before, f"return self._forward_of_base({arguments})"]
+    own, parameters, arguments, returns, comment = _signature(inner)
+    lines = [*([comment] if comment else []), before.replace("self.", f"{own}.")]
+    lines.append(f"return {own}._forward_of_base({arguments})")
     source = f"def forward({parameters}){returns}:\n" + indent("\n".join(lines), "    ") + "\n"
     written: Any = _define(source, "forward", base, _names_of(inner))
     if parameters == _ANYTHING:
@@ -248,8 +272,9 @@ def _renamed(function: Any, name: str) -> Any:
     return copied
 
 
-def _signature(forward: Any) -> tuple[str, str, str, str | None]:
-    """The parameters, the arguments that pass them on, the return annotation and the type comment of `forward`."""
+def _signature(forward: Any) -> tuple[str, str, str, str, str | None]:
+    """What `forward` calls its module, its parameters, the arguments that pass them on, the return annotation and the
+    type comment."""
     try:
         source = dedent(inspect.getsource(forward))
         node: Any = ast.parse(source).body[0]
@@ -257,10 +282,9 @@ def _signature(forward: Any) -> tuple[str, str, str, str | None]:
         node = None
     written = isinstance(forward, FunctionType) and isinstance(node, ast.FunctionDef)
     if not written or node.name != forward.__name__ or not _arguments(node.args):
-        return _ANYTHING, "*args, **kwargs", "", None
+        return "self", _ANYTHING, "*args, **kwargs", "", None
     names = node.args
     first, *positional = _arguments(names)
-    first.arg = "self"
     arguments = [argument.arg for argument in positional] + ([f"*{names.vararg.arg}"] if names.vararg else [])
     arguments += [f"{argument.arg}={argument.arg}" for argument in names.kwonlyargs]
     arguments += [f"**{names.kwarg.arg}"] if names.kwarg else []
@@ -272,7 +296,7 @@ def _signature(forward: Any) -> tuple[str, str, str, str | None]:
         comment = _jit.annotations.get_type_line(source) if IS_THERE else None
     except RuntimeError:  # comments that TorchScript itself cannot make sense of
         comment = None
-    return ast.unparse(names), ", ".join(arguments), returns, comment
+    return first.arg, ast.unparse(names), ", ".join(arguments), returns, comment
 
 
 def _arguments(names: ast.arguments) -> list[ast.arg]:

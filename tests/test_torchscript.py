@@ -3,14 +3,17 @@
 A pin that fails tells that torch has changed, and its docstring what to do then.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
+import numpy as np
 import pytest
 import torch
 from layers import make_stale
@@ -18,6 +21,8 @@ from torch import Tensor, nn
 
 import explicit_wn
 from explicit_wn import WeightNorm, functional
+
+Norm = Callable[[nn.Module], Any]
 
 
 def by_hand(module: Any, dim: int = 0) -> Tensor:
@@ -95,6 +100,16 @@ class AllVariadic(Weighted):
 class AnotherSelf(Weighted):
     def forward(this, x: Tensor, scale: float = 2.0) -> Tensor:
         return nn.functional.linear(x, this.weight) * scale
+
+
+class SelfAmongTheKeywords(Weighted):
+    def forward(this, x: Tensor, scale: float = 2.0, **self: float) -> Tensor:
+        return nn.functional.linear(x, this.weight) * scale + self.get("shift", 0.0)
+
+
+class SelfAsAnArgument(Weighted):
+    def forward(this, x: Tensor, scale: float = 2.0, self: float = 0.0) -> Tensor:
+        return nn.functional.linear(x, this.weight) * scale + self
 
 
 class NamesOfOurs(Weighted):
@@ -215,11 +230,13 @@ def without_source() -> nn.Module:
 
 
 SCRIPTED: list[Callable[[], nn.Module]] = [
-    Annotated, KeywordOnly, AnotherSelf, NamesOfOurs, TypeComment, TypeCommentAfterDocstring, TypeCommentPerArgument,
-    IgnoringComment, NoAnnotations, QuotedAnnotations, Decorated, DecoratedToTakeMore, Inherited, CallsHelpers, Local,
+    Annotated, KeywordOnly, AnotherSelf, SelfAsAnArgument, NamesOfOurs, TypeComment, TypeCommentAfterDocstring,
+    TypeCommentPerArgument, IgnoringComment, NoAnnotations, QuotedAnnotations, Decorated, DecoratedToTakeMore,
+    Inherited, CallsHelpers, Local,
 ]  # fmt: skip
 NOT_SCRIPTED: list[Callable[[], nn.Module]] = [
-    KeywordOnlyWithDefault, PositionalOnly, Variadic, AllVariadic, Lambda, CallsSuper, without_source,
+    KeywordOnlyWithDefault, PositionalOnly, Variadic, AllVariadic, SelfAmongTheKeywords, Lambda, CallsSuper,
+    without_source,
 ]  # fmt: skip
 every_forward = pytest.mark.parametrize("make", SCRIPTED + NOT_SCRIPTED, ids=lambda make: make.__name__)
 CALLS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
@@ -368,7 +385,120 @@ def test_a_forward_may_be_a_generator() -> None:
         torch.testing.assert_close(result, wanted * factor)
 
 
+# Traced as the plain twin is: torch.jit.trace compiles nothing of a layer, whatever TorchScript would say of it
+
+
+class TwoNames(nn.Module):
+    """A layer with two names, whose bias its parent uses too, as in every TCN."""
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self.conv = norm(nn.Conv1d(3, 3, 2))
+        self.net = nn.Sequential(self.conv, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.conv.bias.sum()
+
+
+class TwoNamesExplicitly(TwoNames):
+    def __init__(self, norm: Norm) -> None:
+        super().__init__(norm)
+        self.wn = WeightNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self.conv, "weight_g"):
+            self.wn.recompute(self.conv)
+        return super().forward(x)
+
+
+class Unscriptable(nn.Conv1d):
+    annotated: "what TorchScript cannot read"  # noqa: F722
+
+    @property
+    def anything(self) -> Any:
+        return {object(): [1, "a"]}
+
+
+class WithAnExportedMethod(nn.Module):
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self.conv = norm(nn.Conv1d(3, 3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+    @torch.jit.export
+    def twice(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def hooked(norm: Norm) -> nn.Module:
+    layer = norm(nn.Conv1d(3, 3, 2))
+    layer.register_forward_hook(lambda module, inputs, output: output * 2)
+    layer.register_forward_pre_hook(lambda module, inputs: None)
+    return layer
+
+
+UNSCRIPTABLE: dict[str, Callable[[Norm], nn.Module]] = {
+    "two names": TwoNames,
+    "two names, explicitly": TwoNamesExplicitly,
+    "within another": lambda norm: nn.Sequential(nn.Sequential(TwoNames(norm)), norm(nn.Conv1d(3, 1, 1))),
+    "NumPy's integers": lambda norm: norm(nn.Conv1d(3, 3, kernel_size=np.int64(2), dilation=np.int64(2))),
+    "NumPy's integers, transposed": lambda norm: norm(nn.ConvTranspose1d(3, 3, np.int64(2), stride=np.int64(2))),
+    "what TorchScript cannot read": lambda norm: norm(Unscriptable(3, 3, 2)),
+    "hooks of the user's": hooked,
+    "hooks within": lambda norm: nn.Sequential(hooked(norm)),
+    "with an exported method": WithAnExportedMethod,
+}
+
+
+def converted(layer: nn.Module) -> nn.Module:
+    explicit_wn.convert(torch.nn.utils.parametrizations.weight_norm(layer))
+    return layer
+
+
+def traced(model: nn.Module, x: Tensor) -> tuple[Any, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return torch.jit.trace(model, x), [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("scripted_before", [False, True])
+@pytest.mark.parametrize("norm", [WeightNorm().inline, converted], ids=["inline", "convert"])
+@pytest.mark.parametrize("make", UNSCRIPTABLE.values(), ids=UNSCRIPTABLE)
+def test_a_module_is_traced_as_its_plain_twin_is(make: Any, norm: Norm, scripted_before: bool) -> None:
+    norm = WeightNorm().apply if make is TwoNamesExplicitly else norm
+    model, plain, x = make(norm), make(lambda layer: layer), torch.randn(4, 3, 8)
+    weights = {name: value for name, value in model.state_dict().items() if not name.endswith(("_g", "_v"))}
+    for path, layer in model.named_modules(remove_duplicate=False):
+        if hasattr(layer, "weight_g"):
+            make_stale(layer)
+            weights[f"{path}.weight".lstrip(".")] = by_hand(layer)
+    plain.load_state_dict(weights)
+    if scripted_before:
+        with contextlib.suppress(RuntimeError, TypeError, torch.jit.frontend.NotSupportedError):
+            torch.jit.script(model)
+    result, warned = traced(model, x)
+    wanted, warned_of_plain = traced(plain, x)
+    assert type(result) is type(wanted)
+    assert warned == warned_of_plain
+    torch.testing.assert_close(result(x), plain(x))
+    assert list(result.state_dict()) == list(model.state_dict())
+
+
 # Pins
+
+
+def test_pin_who_looks_for_the_marks_of_torch_jit_export() -> None:
+    """`Exported` shows none to the functions of torch that look on behalf of a trace, and knows them by their names.
+
+    If this fails, a trace drags the module through TorchScript again, or a script does without our method.
+    """
+    layer = WeightNorm().inline(nn.Linear(3, 2))
+    assert not torch._jit_internal.module_has_exports(layer)
+    assert torch.jit._recursive.make_stubs_from_exported_methods(layer) == []
+    stubs = torch.jit._recursive.infer_methods_to_compile(layer)
+    assert "_recompute_normed" in [stub.def_.name().name for stub in stubs]
 
 
 def test_pin_freeze_alone_cannot_follow_a_call_through_an_interface() -> None:
