@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import middle_dim
-from .torchscript import is_scripting, is_tracing
+from .torchscript import is_scripting, is_tracing, shape_of
 
 
 def norm_except_dim(v: Tensor, pow: Union[int, float] = 2, dim: Optional[int] = 0) -> Tensor:
@@ -53,6 +53,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     >>> weight_norm(v, g)
     tensor([[6., 8.]])
     """
+    _check_magnitude(v, g, dim)
     if eps > 0.0:
         # in half precision eps may be 0, and the norm infinite
         if is_scripting():  # nearly without branches, of which torch.jit.freeze resolves but so many
@@ -75,6 +76,22 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     if dim is None or dim == -1:
         return _in_layout_of(v, torch._weight_norm(v, g, -1))
     return _in_layout_of(v, torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim))
+
+
+def _check_magnitude(v: Tensor, g: Tensor, dim: Optional[int]) -> None:
+    """Refuses a g that is not of v's shape along `dim`: torch's kernel does not look, and reads past its end."""
+    if is_scripting():
+        of_v, of_g = list(v.size()), list(g.size())
+    elif isinstance(v, Tensor):
+        of_v, of_g = shape_of(v), shape_of(g)
+    else:
+        return  # a proxy of torch.fx
+    wanted = [1] * 0
+    if dim is not None and dim != -1:
+        kept = dim + len(of_v) if dim < 0 else dim
+        wanted = [1] * kept + [of_v[kept]] + [1] * (len(of_v) - kept - 1)
+    if of_g != wanted and (len(wanted) > 0 or g.numel() != 1 or len(of_g) > len(of_v)):
+        raise ValueError(f"a weight of the shape {of_v} with dim={dim} wants a g of the shape {wanted}, not {of_g}")
 
 
 def _clamped(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Tensor:

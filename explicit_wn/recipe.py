@@ -154,7 +154,11 @@ class Recipe:
 
     def compute(self, module: nn.Module) -> Tensor:
         """The weight from the parts as they are now."""
-        return self.formula(**(self.own(module) or self.read(module)), **self.formula_options)
+        try:
+            return self.formula(**(self.own(module) or self.read(module)), **self.formula_options)
+        except ValueError as error:
+            where = f"{self.name!r} of this {type(module).__name__}"
+            raise ValueError(f"{self.norm!r} cannot compute {where}: {error}") from error
 
 
 def _exact(value: Any) -> Any:

@@ -45,6 +45,18 @@ def is_scripted(module: Any) -> bool:
     return hasattr(_jit, "ScriptModule") and isinstance(module, _jit.ScriptModule)
 
 
+def shape_of(tensor: torch.Tensor) -> list[int]:
+    """Its shape in numbers that can be compared, also while `torch.jit.trace` records what is done with shapes."""
+    if not is_tracing():
+        return list(tensor.shape)
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined] # private, and the only way to stop recording
+    try:
+        return list(tensor.shape)
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+
+
 Module = TypeVar("Module", bound=nn.Module)
 
 NAMES = ("_recompute_normed", "_forward_of_base", "_was_told_to_recompute")

@@ -1,6 +1,7 @@
 """The mathematics: `norm_except_dim` and `weight_norm`, against torch's own functions and against the formulas."""
 
 import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -225,6 +226,27 @@ def test_the_kernel_of_torch_has_a_wrong_second_derivative_in_the_outer_dims(dim
     expected = penalty_gradient(g * v / norm_by_hand(v, 2, dim), v)
     got = penalty_gradient(torch._weight_norm(v, g, dim), v)
     assert (got - expected).abs().max() > 0.01 * expected.abs().max()
+
+
+def wrong_magnitudes(shape: tuple[int, ...], dim: int | None) -> list[tuple[int, ...]]:
+    """Shapes of a g that does not belong to a v of this shape, those with as many entries among them."""
+    right = list(norm_by_hand(torch.ones(shape), 2, dim).shape)
+    taken = [[1, *right], [*right, 1], right[1:], [size + 1 for size in right], [2] * len(shape), right[::-1]]
+    if dim in WHOLE:  # a g of one entry is right there, however many dimensions of length 1 it has
+        return [(2,), tuple(2 for _ in shape), (1,) * (len(shape) + 1)]
+    return [tuple(one) for one in taken if one != right]
+
+
+@pytest.mark.parametrize("function", [weight_norm, torch.jit.script(weight_norm)], ids=["eager", "scripted"])
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 0.0), (torch.float64, 0.0), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(("shape", "dim"), [*SHAPES_AND_DIMS, ((40, 20), 0), ((20, 300, 2), 1)])
+def test_a_g_of_another_shape_never_reaches_the_kernel_of_torch_which_does_not_look(
+    shape: tuple[int, ...], dim: int | None, dtype: torch.dtype, eps: float, function: Any
+) -> None:
+    for wrong in wrong_magnitudes(shape, dim):
+        with pytest.raises((ValueError, torch.jit.Error), match=re.escape(str(list(shape)))) as raised:
+            function(torch.ones(shape, dtype=dtype), torch.ones(wrong, dtype=dtype), dim, eps)
+        assert f"not {list(wrong)}" in str(raised.value)
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])

@@ -473,3 +473,37 @@ def assert_own_output(model: Small, x: Tensor) -> None:
     plain.load_state_dict({**state, name: weight})
     expected = plain(x)
     torch.testing.assert_close(model(x), expected[0] if isinstance(expected, tuple) else expected, rtol=1e-6, atol=1e-6)
+
+
+# What torch's kernel does not look at
+
+
+WAYS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "recompute": lambda layer, x: WeightNorm().recompute(layer),
+    "recompute_all": lambda layer, x: recompute_all(layer),
+    "compute_weight": lambda layer, x: WeightNorm().compute_weight(layer),
+    "cached": lambda layer, x: cached(layer).__enter__(),
+    "script": lambda layer, x: torch.jit.script(layer)(x),
+    "export": lambda layer, x: torch.export.export(layer, (x,)),
+    "compile": lambda layer, x: torch.compile(layer, backend="eager")(x),
+}
+READS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "forward": lambda layer, x: layer(x),
+    "read": lambda layer, x: layer.weight,
+    "trace": lambda layer, x: torch.jit.trace(layer, x),
+}
+
+
+@pytest.mark.parametrize("by", ["another parameter", ".data"])
+@pytest.mark.parametrize(
+    ("verb", "way"), [*(("apply", way) for way in WAYS), *(("inline", way) for way in WAYS | READS)]
+)
+def test_a_g_of_another_shape_is_refused_wherever_the_weight_is_computed(verb: str, way: str, by: str) -> None:
+    """torch's `_weight_norm` reads past the end of it, and Python aborts with a corrupted heap."""
+    layer: Any = getattr(WeightNorm(), verb)(nn.Linear(20, 40))
+    if by == ".data":
+        layer.weight_g.data = torch.rand(1, 20)
+    else:
+        layer.weight_g = nn.Parameter(torch.rand(1, 20))
+    with pytest.raises(Exception, match=r"\[40, 20\].*\[40, 1\].*\[1, 20\]"):
+        (WAYS | READS)[way](layer, torch.ones(1, 20))
