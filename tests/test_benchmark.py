@@ -41,10 +41,10 @@ def test_a_model_that_does_not_recompute_is_not_compared(model: str, monkeypatch
     monkeypatch.setattr(benchmark_models, "recompute_all", lambda model: None)
     outputs = {}
     for spelling in (PLAIN, "explicit"):
-        built, x = ROWS[model].build(spelling)
+        built, x = ROWS[model].build(spelling, "cpu")
         with torch.no_grad():
             outputs[spelling] = built(x)
-    with pytest.raises(AssertionError, match="explicit is .*% off what the model without a norm computes"):
+    with pytest.raises(AssertionError, match=r"explicit is .*% off what the model without a norm computes"):
         speed.check_same(outputs, model)
 
 
@@ -105,3 +105,6 @@ def test_memory_is_that_of_the_step() -> None:
     assert set(found) == set(SPELLINGS)
     weight = 64 * 64 * 3 * 4
     assert 4 * weight < found[PLAIN] < min(found[spelling] for spelling in (*OURS, *PEERS))  # 4 gradients and more
+    kept: list[torch.Tensor] = []
+    for step, held in ((lambda: torch.empty(1 << 20), 1), (lambda: kept.append(torch.empty(1 << 20)), 2)):
+        assert speed.bytes_held(step, "cpu") == held * 4 << 20  # what is freed in a step, and what two of them keep

@@ -204,22 +204,24 @@ class Row:
     shape: tuple[int, ...]
     dim: int = 0
 
-    def build(self, spelling: str) -> tuple[nn.Module, Tensor]:
+    def build(self, spelling: str, device: str) -> tuple[nn.Module, Tensor]:
         """The model in that spelling and its input, the same numbers in all of them.
 
-        The weights are changed after they were normed, as an optimizer does, so that who forgets to recompute is wrong.
+        The weights are changed after a first call, as an optimizer does, so that who does not recompute is wrong.
         """
         torch.manual_seed(0)
         model = self.explicit() if spelling == "explicit" else self.plain()
         for layer in normed_layers(model):
             NORMS[spelling](layer, dim=self.dim)
+        model, x = model.to(device), torch.randn(self.shape).to(device)
         magnitudes = {PLAIN: "weight", "parametrization": "original0"}.get(spelling, "weight_g")
         with torch.no_grad():
+            model(x)
             for layer in normed_layers(model):
                 for name, parameter in layer.named_parameters():
                     if name.endswith(magnitudes):
                         parameter.mul_(1.1)
-        return model, torch.randn(self.shape)
+        return model, x
 
 
 def normed_layers(model: nn.Module) -> list[nn.Module]:

@@ -138,8 +138,8 @@ def measure(model: str, mode: str, seconds: float, device: str) -> dict[str, flo
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled("training" in mode))
         for spelling in spellings:
-            built, x = ROWS[model].build(spelling)
-            built, x = built.to(device).train("training" in mode), x.to(device)
+            built, x = ROWS[model].build(spelling, device)
+            built.train("training" in mode)
             if "cached" in mode and spelling in OURS:
                 stack.enter_context(cached(built))
             run = transform(built, x)
@@ -187,8 +187,7 @@ def count(model: str, of: Callable[[Step, str], float], device: str) -> dict[str
     """What `of` finds in an eager training step of each spelling."""
     found = {}
     for spelling in SPELLINGS:
-        built, x = ROWS[model].build(spelling)
-        found[spelling] = of(training(built.to(device), x.to(device)), device)
+        found[spelling] = of(training(*ROWS[model].build(spelling, device)), device)
     return found
 
 
