@@ -6,6 +6,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests share layers.py, and so do the processes they start
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))  # the benchmark is two files, and is tested
 torch.set_num_threads(1)  # the tensors are small
 
 
