@@ -1,7 +1,8 @@
 """All that graph capture (`torch.compile`, `torch.export`, functorch) needs; nothing else in the package knows it.
 
 While a graph is captured nothing is stored on the module: a weight is computed where it is read. `once` sees to it
-that however many reads follow one `recompute`, the captured graph holds one computation.
+that however many reads follow one `recompute`, the captured graph holds one computation. Dynamo does not look into it:
+for `torch.compile` it is an operator of torch, for a strict export a function that is allowed in its graphs.
 
 The private torch names used here, each for want of a public one:
 
@@ -12,8 +13,11 @@ The private torch names used here, each for want of a public one:
 """
 
 import functools
+import hashlib
+import uuid
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,8 +72,8 @@ def held() -> Formula:
 def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
     """`formula`, computed once per trace for the same arguments as long as none of them is changed in place.
 
-    Dynamo does not look inside (see `announce_to_dynamo`); the tracer beneath it runs this function for every read
-    and is handed the same tensor again.
+    Dynamo does not look inside (see `Operator`); the tracer beneath it runs this function for
+    every read and is handed the same tensor again.
     """
 
     known = _once.get((formula, changing))
@@ -104,12 +108,65 @@ def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
     return computed_once
 
 
+class Operator:
+    """A formula as an operator of torch: one node in the graph of Dynamo, which the tracer beneath takes apart.
+
+    A function that Dynamo is told to allow in its graphs would do as well, but beside one of those each failure of a
+    backend is an error, where otherwise Dynamo breaks the graph.
+    """
+
+    def __init__(self, formula: Formula, parts: tuple[str, ...], options: dict[str, Any]) -> None:
+        self.formula, self.parts, self.options = formula, parts, options
+        self.library: torch.library.Library | None = None
+        self.call: Any = None
+
+    def register(self) -> None:
+        """Makes `call`, once: in a program that never compiles, nobody needs it."""
+        if self.library is None:
+            name = f"weight_{_fingerprint(self.formula, self.options)}"
+            self.library = torch.library.Library("explicit_wn", "FRAGMENT")  # type: ignore[no-untyped-call]
+            self.library.define(f"{name}({', '.join(f'Tensor {part}' for part in self.parts)}) -> Tensor")  # type: ignore[no-untyped-call]
+            self.library.impl(name, self._run, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+            self.call = getattr(torch.ops.explicit_wn, name).default
+
+    def _run(self, *values: Tensor) -> Tensor:
+        return self.formula(**dict(zip(self.parts, values, strict=True)), **self.options)
+
+
+_operators: "weakref.WeakValueDictionary[Any, Operator]" = weakref.WeakValueDictionary()
+
+
+def operator(formula: Formula, parts: tuple[str, ...], options: dict[str, Any]) -> Operator:
+    """The operator that is `formula` with these options; the same one for all recipes that need it."""
+    key = formula, parts, repr(options)
+    known = _operators.get(key)
+    if known is None:
+        known = _operators[key] = Operator(formula, parts, options)
+    return known
+
+
+def _fingerprint(formula: Formula, options: dict[str, Any]) -> str:
+    """A name for what the formula computes: torch keeps compiled graphs on disk by the names of the operators in them.
+
+    What is not of this package may be another formula in the next process, and has another name there.
+    """
+    code = _own_code() if formula.__module__.startswith(f"{__package__}.") else uuid.uuid4().hex
+    return hashlib.sha256(f"{code} {formula.__qualname__} {options}".encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _own_code() -> str:
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def announce_to_dynamo() -> None:
-    """Run by Dynamo itself, while it traces: puts the functions of `once` into its graph as they are, unread."""
+    """Run by Dynamo itself, while it traces: makes the operators, and allows formulas in the graph of an export."""
     import torch._dynamo
 
-    for function in list(_once.values()):
-        torch._dynamo.allow_in_graph(function)  # type: ignore[no-untyped-call]
+    for operator in list(_operators.values()):
+        operator.register()
+        torch._dynamo.allow_in_graph(operator.formula)  # type: ignore[no-untyped-call]
 
 
 announce_to_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]

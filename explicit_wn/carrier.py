@@ -226,6 +226,8 @@ class Derived:
         if capture.capturing():
             if torch.compiler.is_dynamo_compiling():
                 capture.announce_to_dynamo()
+                if not torch.compiler.is_exporting():  # whose graph is to hold no operator of ours
+                    return recipe.operator.call(*recipe.read(module).values())
             return recipe.formula_once(**recipe.read(module), **recipe.formula_options)
         if on_read is not None:
             on_read(module, recipe)

@@ -49,6 +49,8 @@ class Recipe:
     """The weight from its parts and options."""
     formula_once: Callable[..., Tensor] = _derived()
     """The formula for a captured graph."""
+    operator: capture.Operator = _derived()
+    """The same for a graph that `torch.compile` captures."""
     formula_options: dict[str, Any] = _derived()
     """The settings that the formula takes."""
     advance: Callable[..., None] | None = _derived()
@@ -71,6 +73,8 @@ class Recipe:
         known = {*self.parts, *settings}
         if advance is not None and not known.issuperset(inspect.signature(advance).parameters):
             advance = None
+        formula_once = capture.once(formula, () if advance is None else self.norm_class.buffer_parts)
+        options = self.options_of(formula)
         labels = [f"{kind} {self.owner}", f"{kind} {name}", *([INLINED] if self.inlined else [])]
         derived = {
             "norm": self.norm_class(**settings),
@@ -78,8 +82,9 @@ class Recipe:
             "labels": tuple(dict.fromkeys(labels)),
             "attributes": tuple(f"{name}_{part}" for part in self.parts),
             "formula": formula,
-            "formula_once": capture.once(formula, () if advance is None else self.norm_class.buffer_parts),
-            "formula_options": self.options_of(formula),
+            "formula_once": formula_once,
+            "operator": capture.operator(formula_once, self.parts, options),
+            "formula_options": options,
             "advance": advance,
             "advance_options": {} if advance is None else self.options_of(advance),
         }

@@ -5,11 +5,14 @@ A pin that fails tells that torch has changed, and its docstring what to do then
 
 import contextlib
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -17,7 +20,7 @@ from layers import make_stale
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
-from explicit_wn import WeightNorm, capture, carrier
+from explicit_wn import SpectralNorm, WeightNorm, capture, carrier, recompute_all
 from explicit_wn.functional import weight_norm
 
 
@@ -276,12 +279,38 @@ def test_pin_dynamo_runs_what_is_marked_constant_while_it_traces() -> None:
     assert len(runs) == 1
 
 
-def test_pin_dynamo_leaves_an_allowed_function_in_its_graph_as_it_is() -> None:
-    """So the tracer beneath runs `once` for every read. If this fails, see what Dynamo makes of `allow_in_graph`."""
+def test_pin_dynamo_leaves_an_operator_in_its_graph_as_it_is() -> None:
+    """So the tracer beneath runs `once` for every read. If this fails, see what Dynamo makes of operators."""
     model = Net(reads=3)
     (recipe,) = carrier.recipes_of(model.fc)
     graphs, _ = graphs_of(model, torch.randn(4, 3))
-    assert [node.target for node in graphs[0].graph.nodes].count(recipe.formula_once) == 3
+    assert [node.target for node in graphs[0].graph.nodes].count(recipe.operator.call) == 3
+
+
+def test_a_formula_that_may_be_another_one_tomorrow_has_another_name_then() -> None:
+    """torch keeps compiled graphs on disk, and knows the operators in them by their names alone."""
+    program = """if True:
+        from explicit_wn import capture, functional
+        print(capture._fingerprint(functional.weight_norm, {"dim": 0, "eps": 0.0}))
+        print(capture._fingerprint(functional.weight_norm, {"dim": 1, "eps": 0.0}))
+        print(capture._fingerprint(functional.spectral_norm, {"dim": 0, "eps": 0.0}))
+        def formula(v): return v
+        print(capture._fingerprint(formula, {}))
+    """
+    first, second = (subprocess.check_output([sys.executable, "-c", program], text=True).split() for _ in range(2))
+    assert first[:3] == second[:3]
+    assert len({*first, second[3]}) == 5
+
+
+@pytest.mark.parametrize("norm", [WeightNorm().inline, WeightNorm(eps=1e-6).apply, SpectralNorm().inline])
+def test_where_a_backend_fails_the_graph_breaks_as_beside_a_plain_layer(norm: Any) -> None:
+    """`nn.ReflectionPad1d(np.int64(2))` has it fail, as in the discriminators of Parallel WaveGAN."""
+    padding = nn.ReflectionPad1d(np.int64(2))  # type: ignore[arg-type]
+    model, x = nn.Sequential(padding, norm(nn.Conv1d(1, 4, 3)), nn.ReLU()).eval(), torch.randn(2, 1, 9)
+    next(model.parameters()).data.mul_(3)
+    recompute_all(model)
+    wanted = model(x)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), wanted, rtol=0, atol=0)
 
 
 def test_pin_the_tracer_is_the_same_throughout_a_trace_and_weakly_referable() -> None:
