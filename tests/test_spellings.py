@@ -894,8 +894,10 @@ def test_convert_names_the_norms_of_other_projects_in_one_warning_and_goes_on(no
 def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(hook_weight_norm(nn.Linear(4, 4)), ByHand())
     before = Picture(model)
-    with warnings.catch_warnings(action="error"), pytest.raises(UserWarning, match=r"'1\.kernel' of this ByHand"):
-        convert(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"'1\.kernel' of this ByHand"):
+            convert(model)
     assert_unchanged(model, before)
 
 
