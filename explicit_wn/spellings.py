@@ -166,7 +166,7 @@ def _is_captured(module: nn.Module) -> bool:
 
 
 def _fit(matrix: Tensor, vector: Tensor, trained: bool) -> bool:
-    """Whether the vector has a number for each slice of the matrix along some dim, and may be trained if it is."""
+    """Whether the vector has a number for each slice of the matrix, and, unless it may be `trained`, is not."""
     return matrix.dim() > 1 and vector.numel() in (1, *matrix.shape) and (trained or not vector.requires_grad)
 
 
