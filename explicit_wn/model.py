@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -51,7 +52,13 @@ def apply_all(model: nn.Module, norm: Reparametrization, where: Where | None = N
         model: the model, changed in place.
         norm: which norm; `dim="out"` is right for transposed convolutions as well.
         where: a module class or several, or a function that is asked about every module, as `where(module)` or
-            `where(name, module)`. By default every Linear, Conv and ConvTranspose layer.
+            `where(name, module)`. By default every Linear, Conv and ConvTranspose layer but the `out_proj` of
+            attention.
+
+    Left out by default, since they are no such layers, are Embedding, Bilinear and every RNN, and in
+    `nn.MultiheadAttention` the bare parameter `in_proj_weight` and `out_proj`, whose weight it reads without calling
+    that layer, which TorchScript does not see. `where` reaches each layer, and another norm the parameter:
+    `WeightNorm("in_proj_weight").inline(attention)`.
 
     >>> from explicit_wn import WeightNorm
     >>> model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU(), nn.ConvTranspose1d(3, 4, 1))
@@ -90,6 +97,9 @@ def cached(model: Model) -> Iterator[Model]:
     Gradients flow through the one computation, as in torch's `parametrize.cached`. Blocks nest. What was exported,
     compiled or scripted computes its own weights and takes no notice.
 
+    A spectral norm in training mode makes the power iterations of one computation, however many forwards the block
+    holds: after two of them its u, v and weight, and so the loss, are not what two without the block give.
+
     >>> from explicit_wn import WeightNorm
     >>> layer = WeightNorm().inline(nn.Linear(2, 2))
     >>> with cached(layer):
@@ -122,8 +132,15 @@ def convert(model: nn.Module) -> list[str]:
     """Makes every weight norm and spectral norm of torch's, hook or parametrization, one of ours; returns their names.
 
     The norms are inlined: the model runs and trains on as before, on the same Parameter objects, and holds no hook of
-    theirs. A norm that is not torch's own, or that is parametrized otherwise as well, is refused by name, and nothing
-    is changed then. Copies of the model stay as they are.
+    theirs. A norm that somebody derived from torch's, or that is parametrized otherwise as well, is refused by name,
+    and nothing is changed then. Copies of the model stay as they are.
+
+    A norm that has nothing of torch's is left as it is. Where tensors look like the parts of one, `weight_g` beside
+    `weight_v` for example, one warning names them all, and `report` shows them as `foreign`: only a warning, since a
+    module may well compute its weight so in its own `forward`.
+
+    Call it once, after a project's own `apply_weight_norm()`, and `fold` in the place of its `remove_weight_norm()`:
+    both look for torch's norms and raise in a converted model.
 
     >>> model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
     >>> convert(model)
@@ -138,7 +155,21 @@ def convert(model: nn.Module) -> list[str]:
         for spelled in spellings.find(module):
             if spelled.is_norm and replaced_forward(module):
                 raise _cannot_convert(path, module, spelled, replaced_forward(module))
+    if foreign := _foreign(model):
+        warnings.warn(
+            f"convert leaves alone what looks like parts of norms that are neither torch's nor ours: {foreign}. End "
+            "such a norm in the way of the project that made it and apply one of ours, or let it be if it is meant so.",
+            stacklevel=2,
+        )
     return _make_ours(model)
+
+
+def _foreign(model: nn.Module) -> str:
+    found = [(path, module, one) for path, module in model.named_modules() for one in spellings.find_foreign(module)]
+    return "; ".join(
+        f"{_join(path, one.name)!r} of this {spellings.class_of(module).__name__} ({one.kind}, {', '.join(one.parts)})"
+        for path, module, one in found
+    )
 
 
 def _make_ours(model: nn.Module) -> list[str]:
@@ -199,9 +230,9 @@ class Row:
     name: str
     """Its qualified name."""
     norm: str
-    """`WeightNorm`, `SpectralNorm`, the name of another norm, or empty."""
+    """`WeightNorm`, `SpectralNorm`, the name of another norm, or empty; what it looks like where it is foreign."""
     spelling: str
-    """`ours`, `hook`, `parametrization` or `plain`."""
+    """`ours`, `hook`, `parametrization`, `foreign` (somebody else's, by the names of its parts) or `plain`."""
     dim: str
     """The dimension of the norm."""
     shape: tuple[int, ...]
@@ -211,7 +242,7 @@ class Row:
     parameters: int
     """How many numbers in it are trained or trainable."""
     state: str
-    """`fresh`, or `stale` where the parts have changed since the weight was computed; empty for a plain weight."""
+    """`fresh`, or `stale` where the parts have changed since the weight was computed; empty where no one can tell."""
 
 
 @attrs.frozen(repr=False)
@@ -228,7 +259,8 @@ class Report(Table):
 def report(model: nn.Module) -> Report:
     """What norms a model holds, in whatever spelling: the first thing to run on a model that you did not write.
 
-    Every parameter of two dimensions or more has a row.
+    Every parameter of two dimensions or more has a row. Tensors that look like the parts of a norm which is neither
+    torch's nor ours have one together, spelled `foreign`.
 
     >>> print(report(nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)), nn.Linear(3, 1))))
     name      norm        spelling         dim  shape  parts         parameters  state
@@ -241,7 +273,7 @@ def report(model: nn.Module) -> Report:
     for path, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
             continue  # shown where it belongs
-        found = [*_ours(module), *spellings.find(module)]
+        found = [*_ours(module), *spellings.find(module), *spellings.find_foreign(module)]
         rows += [_row(path, one) for one in found]
         parts = {id(part) for one in found for part in one.parts.values()}
         for name, parameter in module.named_parameters(recurse=False):
@@ -269,7 +301,7 @@ def _row(path: str, found: Found) -> Row:
         shape=found.shape,
         parts=", ".join(f"{part} {_show(tuple(value.shape))}" for part, value in found.parts.items()),
         parameters=sum(value.numel() for value in found.parts.values() if isinstance(value, nn.Parameter)),
-        state="stale" if found.stale else "fresh",
+        state="" if found.spelling == "foreign" else "stale" if found.stale else "fresh",
     )
 
 

@@ -1,24 +1,26 @@
 """torch's own two spellings of a norm, the hook and the parametrization, and what it takes to make them ours.
 
-Nothing else in the package knows how torch stores them. `find` only looks. `become_ours` keeps the Parameter objects,
-so that an optimizer that holds them goes on as before, and changes one module only: the class of a parametrized module,
-which its deep copies share, stays whole.
+Nothing else in the package knows how torch stores them. `find` only looks, and `find_foreign` for what is neither
+torch's nor ours. `become_ours` keeps the Parameter objects, so that an optimizer that holds them goes on as before, and
+changes one module only: the class of a parametrized module, which its deep copies share, stays whole.
 
 The private torch names used here, each for want of a public one: the classes `_WeightNorm` and `_SpectralNorm` of
 `torch.nn.utils.parametrizations`, and the attributes in which a module keeps its hooks.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 
-from . import carrier
+from . import carrier, torchscript
 from .reparametrization import Reparametrization
 from .spectral_norm import SpectralNorm
 from .weight_norm import WeightNorm
@@ -31,13 +33,13 @@ class Found:
     name: str
     """The parameter's name in its module."""
     spelling: str
-    """`"hook"` or `"parametrization"`; `"ours"` in a report."""
+    """`"hook"`, `"parametrization"` or `"foreign"`; `"ours"` in a report."""
     norm: Reparametrization | None
     """The object of ours that does the same; None if there is none."""
     kind: str
     """What it is called."""
     parts: dict[str, Tensor]
-    """Its parts, by our names for them."""
+    """Its parts, by our names for them; those of a foreign norm by their own."""
     shape: tuple[int, ...]
     """The weight's shape."""
     stale: bool
@@ -123,6 +125,49 @@ def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
         )
     kind = norm.kind if norm else kinds
     return Found(name, "parametrization", norm, kind, parts, tuple(last.shape), False, objection)
+
+
+_SIGNS = (  # what norms of other projects call their parts: the kind, what has the weight's shape, a vector beside it
+    ("SpectralNorm", "_orig", "_u"),
+    ("SpectralNorm", "_bar", "_u"),
+    ("SpectralNorm", "w_bar", "u"),
+    ("SpectralNorm", "weight", "u0"),
+    ("SpectralNorm", "weight", "u"),
+    ("WeightNorm", "_v", "_g"),
+)
+
+
+def find_foreign(module: nn.Module) -> Iterator[Found]:
+    """What looks like the parts of norms in `module` itself that are neither ours nor torch's.
+
+    Names and shapes are all there is to go by, since every project computes its norms in a way of its own.
+    """
+    if _is_captured(module):
+        return
+    tensors = {**module._parameters, **module._buffers}
+    own = {name: tensor for name, tensor in tensors.items() if tensor is not None and not is_lazy(tensor)}
+    known = {recipe.name for recipe in carrier.recipes_of(module)} | {one.name for one in find(module)}
+    for kind, end, vector_end in _SIGNS:
+        for matrix in [name for name in own if name.endswith(end)]:
+            stem = matrix.removesuffix(end)
+            name, vector = stem if end.startswith("_") else matrix, stem + vector_end
+            taken = known if name == matrix else {*known, *module._parameters}  # a parameter is not computed
+            if name not in taken and vector in own and _fit(own[matrix], own[vector], trained=name != matrix):
+                known.add(name)
+                beside = re.compile(re.escape(vector.rstrip("0")[:-1]) + "(g|u|v|sv)[0-9]*")
+                parts = {part: own[part] for part in own if part == matrix or beside.fullmatch(part)}
+                yield Found(name, "foreign", None, kind, parts, tuple(own[matrix].shape), False, None)
+
+
+def _is_captured(module: nn.Module) -> bool:
+    """Whether `module` holds the parts for a graph that computes the weight: of TorchScript, `torch.export` or fx."""
+    bare = type(module) is nn.Module
+    return bare or torchscript.is_scripted(module) or isinstance(getattr(module, "graph", None), torch.fx.Graph)
+
+
+def _fit(matrix: Tensor, vector: Tensor, trained: bool) -> bool:
+    """Whether the vector has a number for each slice of the matrix, and, unless it may be `trained`, is not."""
+    return matrix.dim() > 1 and vector.numel() in (1, *matrix.shape) and (trained or not vector.requires_grad)
 
 
 def become_ours(module: nn.Module, found: list[Found]) -> None:

@@ -181,6 +181,32 @@ def test_by_default_the_projection_that_attention_never_calls_is_left_alone() ->
     ]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of torch's attention, normed or not
+@pytest.mark.parametrize("training", [True, False])
+def test_every_weight_of_a_transformer_layer_can_be_normed_and_computes_it_wherever_torch_captures(
+    training: bool,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(4, 2, 8, dropout=0).train(training)
+    plain, x = copy.deepcopy(model), torch.randn(3, 2, 4)
+    apply_all(model, WeightNorm(), nn.Linear)
+    WeightNorm("in_proj_weight").inline(model.self_attn)
+    change_parts(model, seed=1)
+    names = [name for name, _, _ in normed(model)]
+    assert len(names) == 4
+    state = model.state_dict()
+    other = {name: value for name, value in state.items() if not name.endswith(("_g", "_v"))}
+    plain.load_state_dict({**other, **{name: normed_weight(state, name, 0) for name in names}})
+    for captured in (
+        model,
+        torch.export.export(model, (x,)).module(),
+        torch.export.export(model, (x,), strict=True).module(),
+        torch.compile(model, backend="eager", fullgraph=True),
+        torch.jit.trace(model, (x,)),
+    ):
+        torch.testing.assert_close(captured(x).detach(), plain(x).detach())
+
+
 def zero_row(layer: nn.Linear) -> nn.Module:
     with torch.no_grad():
         layer.weight[2] = 0

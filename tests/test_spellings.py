@@ -3,6 +3,8 @@
 import copy
 import itertools
 import pickle
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ from whole_models import (
     train,
 )
 
-from explicit_wn import WeightNorm, convert, fold, normed, report
+from explicit_wn import SpectralNorm, WeightNorm, convert, fold, normed, report
 
 Norm = Callable[..., nn.Module]
 
@@ -713,6 +715,280 @@ def test_a_report_shows_what_convert_refuses() -> None:
         before = Picture(model)
         assert report(model).rows[0].name == "0.weight"
         assert_unchanged(model, before)
+
+
+# Norms of other projects, in the forms in which people write them
+
+
+def singular_value(matrix: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        v.copy_(nn.functional.normalize(matrix.t() @ u, dim=0))
+        u.copy_(nn.functional.normalize(matrix @ v, dim=0))
+    return u @ matrix @ v
+
+
+class HeldNorm:
+    """An object that the module holds: it takes the parameter out and leaves a plain tensor in its place."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, module: Any) -> None:
+        if self.kind == "weight":
+            module.weight = module.weight_g * module.weight_v / module.weight_v.norm(dim=1, keepdim=True)
+        else:
+            sigma = singular_value(module.weight_orig, module.weight_u, module.weight_v[0])
+            module.weight = module.weight_g * module.weight_orig / sigma
+
+    def apply(self, module: Any) -> nn.Module:
+        weight = module._parameters.pop("weight")
+        module.weight_g = nn.Parameter(weight.detach().norm(dim=1, keepdim=True))
+        if self.kind == "weight":
+            module.weight_v = nn.Parameter(weight.detach())
+        else:
+            module.weight_orig = weight
+            module.register_buffer("weight_u", torch.ones(weight.shape[0]))
+            module.register_buffer("weight_v", torch.ones(1, weight.shape[1]))  # a matrix to look at
+        module.held_norm = self
+        self(module)
+        checked: nn.Module = module
+        return checked
+
+
+class MixinNorm:
+    """A class beside the layer's, whose forward divides the weight, which stays a parameter."""
+
+    weight: nn.Parameter
+    u0: Tensor
+
+    def divided(self) -> Tensor:
+        with torch.no_grad():
+            v = nn.functional.normalize(self.u0 @ self.weight, dim=1)
+            self.u0.copy_(nn.functional.normalize(v @ self.weight.t(), dim=1))
+        return self.weight / (self.u0 @ self.weight @ v.t()).squeeze()
+
+
+class MixedLinear(nn.Linear, MixinNorm):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("u0", torch.randn(1, outputs))
+        self.register_buffer("sv0", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.divided(), self.bias)
+
+
+class PropertyLinear(nn.Linear):
+    """The same, with one buffer."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("u", torch.randn(1, outputs))
+
+    @property
+    def divided(self) -> Tensor:
+        return self.weight / (self.u @ self.weight).norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.divided, self.bias)
+
+
+class Wrapper(nn.Module):
+    """A module around the layer: the parts are the layer's, and `weight` is there after the first forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        weight = module._parameters.pop("weight")
+        assert weight is not None
+        u, v = (nn.Parameter(torch.ones(size), requires_grad=False) for size in weight.shape)
+        self.hold(u, v, nn.Parameter(weight.detach()))
+
+    def hold(self, u: nn.Parameter, v: nn.Parameter, bar: nn.Parameter) -> None:
+        self.module.weight_u, self.module.weight_v, self.module.weight_bar = u, v, bar
+
+    def held(self) -> Any:
+        return self.module.weight_bar, self.module.weight_u, self.module.weight_v
+
+    def forward(self, x: Tensor) -> Any:
+        bar, u, v = self.held()
+        self.module.weight = bar / singular_value(bar, u, v)
+        return self.module(x)
+
+
+class HoldingWrapper(Wrapper):
+    """The same, holding the parts itself."""
+
+    def hold(self, u: nn.Parameter, v: nn.Parameter, bar: nn.Parameter) -> None:
+        self.u, self.v, self.w_bar = u, v, bar
+
+    def held(self) -> Any:
+        return self.w_bar, self.u, self.v
+
+
+class ByHand(nn.Module):
+    """A module that is meant so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel_g = nn.Parameter(torch.ones(4))
+        self.kernel_v = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.kernel_g[:, None] * nn.functional.normalize(self.kernel_v, dim=1))
+
+
+FOREIGN: dict[str, tuple[Callable[[], nn.Module], str, str, str, str]] = {
+    "an object that is held": (
+        lambda: HeldNorm("weight").apply(nn.Linear(4, 4)), "weight", "Linear", "WeightNorm", "weight_g, weight_v"
+    ),
+    "an object with a scale": (
+        lambda: HeldNorm("spectral").apply(nn.Linear(4, 4)),
+        "weight", "Linear", "SpectralNorm", "weight_g, weight_orig, weight_u, weight_v",
+    ),
+    "a class beside": (lambda: MixedLinear(4, 4), "weight", "MixedLinear", "SpectralNorm", "weight, u0, sv0"),
+    "a property": (lambda: PropertyLinear(4, 4), "weight", "PropertyLinear", "SpectralNorm", "weight, u"),
+    "a wrapper": (
+        lambda: Wrapper(nn.Linear(4, 4)), "module.weight", "Linear", "SpectralNorm", "weight_u, weight_v, weight_bar"
+    ),
+    "a wrapper that holds": (
+        lambda: HoldingWrapper(nn.Linear(4, 4)), "w_bar", "HoldingWrapper", "SpectralNorm", "u, v, w_bar"
+    ),
+    "by hand": (ByHand, "kernel", "ByHand", "WeightNorm", "kernel_g, kernel_v"),
+}  # fmt: skip
+foreign = pytest.mark.parametrize(("make", "name", "module", "kind", "parts"), FOREIGN.values(), ids=FOREIGN.keys())
+
+
+@foreign
+@pytest.mark.parametrize("after_a_forward", [False, True])
+def test_a_report_shows_the_norm_of_another_project_as_foreign(
+    make: Callable[[], nn.Module], name: str, module: str, kind: str, parts: str, after_a_forward: bool
+) -> None:
+    model = nn.Sequential(make())
+    if after_a_forward:
+        model(torch.ones(2, 4))
+    before = Picture(model)
+    (row,) = report(model).rows
+    shown = re.sub(r" [0-9×]+", "", row.parts)
+    assert (row.name, row.norm, row.spelling, row.shape) == (f"0.{name}", kind, "foreign", (4, 4))
+    assert (shown, row.dim, row.state) == (parts, "", "")
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("norm", WEIGHT_NORMS.values(), ids=WEIGHT_NORMS.keys())
+def test_convert_names_the_norms_of_other_projects_in_one_warning_and_goes_on(norm: Norm) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Linear(4, 4)), *(make() for make, *_ in FOREIGN.values()), norm(nn.Linear(4, 4)))
+    left = nn.Sequential(*model[1:-1])
+    before = Picture(left)
+    with pytest.warns(UserWarning, match="convert leaves alone what looks like") as warned:
+        assert convert(model) == ["0.weight", "8.weight"]
+    assert_unchanged(left, before)
+    (warning,) = warned
+    assert warning.filename == __file__
+    for index, (_, name, module, kind, parts) in enumerate(FOREIGN.values(), 1):
+        assert f"'{index}.{name}' of this {module} ({kind}, {parts})" in str(warning.message)
+    assert model(torch.ones(2, 4)).isfinite().all()
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(hook_weight_norm(nn.Linear(4, 4)), ByHand())
+    before = Picture(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"'1\.kernel' of this ByHand"):
+            convert(model)
+    assert_unchanged(model, before)
+
+
+class Recomputing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wn = WeightNorm()
+        self.fc = self.wn.apply(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.fc)
+        output: Tensor = self.fc(x)
+        return output
+
+
+class Gate(nn.Module):
+    """Names and shapes that only resemble: a gate and a value, a bias, a weight of its own, what has no shape yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_g, self.w_v = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+        self.bias_g, self.bias_v = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(4))
+        self.weight, self.u = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
+        self.weight_g, self.weight_v = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, 4))
+        self.late_g, self.late_v = nn.Parameter(torch.ones(4)), nn.UninitializedParameter()
+
+
+class Around(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+
+def normed_lstm() -> nn.Module:
+    lstm = WeightNorm("weight_ih_l0").inline(nn.LSTM(4, 4))
+    return SpectralNorm("weight_hh_l0").inline(lstm)
+
+
+def exported() -> Any:
+    return torch.export.export(ours_twice().eval(), (torch.ones(2, 4),))
+
+
+def ours_twice() -> nn.Module:
+    return nn.Sequential(WeightNorm().inline(nn.Linear(4, 4)), SpectralNorm().inline(nn.Linear(4, 4)))
+
+
+def folded() -> nn.Module:
+    model = Recomputing()
+    fold(model)
+    return model
+
+
+NO_ALARM: dict[str, Callable[[], nn.Module]] = {
+    **{
+        f"{kind} {layer}": lambda norm=norm, layer=layer: layer.model(norm)
+        for kind, norm in BOTH_NORMS.items()
+        for layer in (LINEAR, CONV1D)
+    },
+    "ours": ours_twice,
+    "ours, by recompute": Recomputing,
+    "ours, an LSTM": normed_lstm,
+    "ours, pruned": lambda: prune_part(SpectralNorm().apply(nn.Linear(4, 4)), "weight_orig"),
+    "pruned": lambda: prune_part(nn.Linear(4, 4), "weight"),
+    "another parametrization": lambda: parametrizations.orthogonal(nn.Linear(4, 4)),
+    "folded": folded,
+    "scripted": lambda: nn.Sequential(torch.jit.script(ours_twice())),
+    "traced": lambda: nn.Sequential(torch.jit.trace(ours_twice().eval(), torch.ones(2, 4))),
+    "exported": lambda: nn.Sequential(exported().module()),
+    "unflattened": lambda: nn.Sequential(torch.export.unflatten(exported())),
+    "symbolically traced": lambda: torch.fx.symbolic_trace(ours_twice()),
+    "in a wrapper": lambda: Around(nn.DataParallel(Recomputing())),
+    "compiled": lambda: Around(torch.compile(Recomputing(), backend="eager")),
+    "resembling": Gate,
+    "lazy": lambda: nn.LazyLinear(4),
+    "all at once": lambda: nn.Sequential(
+        normed_lstm(), Gate(), parametrized_weight_norm(hook_spectral_norm(nn.Bilinear(4, 4, 4)), "bias")
+    ),
+}
+
+
+def prune_part(module: nn.Module, name: str) -> nn.Module:
+    prune.l1_unstructured(module, name, 0.5)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own, of unflatten
+@pytest.mark.parametrize("make", NO_ALARM.values(), ids=NO_ALARM.keys())
+def test_what_is_known_or_only_resembles_is_not_foreign(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    assert "foreign" not in {row.spelling for row in report(model).rows}
+    convert(model)  # a warning would be an error
 
 
 # Ctrl-C
