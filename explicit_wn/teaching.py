@@ -18,7 +18,7 @@ from . import carrier
 from .carrier import Stored
 from .recipe import Recipe
 from .reparametrization import Reparametrization
-from .table import Table
+from .table import Table, shape_shown
 from .torchscript import is_tracing
 from .weight_norm import WeightNorm
 
@@ -56,7 +56,7 @@ class Steps(Table):
         return len(self.records)
 
     def cells(self) -> list[list[str]]:
-        rows = [[s.symbol, s.meaning, s.expression, _shape_shown(s.shape), _shown(s.value)] for s in self.records]
+        rows = [[s.symbol, s.meaning, s.expression, shape_shown(s.shape), _shown(s.value)] for s in self.records]
         return [["symbol", "what it is", "expression", "shape", "value"], *rows]
 
 
@@ -122,10 +122,6 @@ def _step(symbol: str, meaning: str, expression: str, value: Any) -> Step:
 
 _MOST = 6
 """How many rows and how many columns of a value are shown."""
-
-
-def _shape_shown(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "number"
 
 
 def _shown(value: Tensor) -> str:
