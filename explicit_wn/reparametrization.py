@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from . import carrier, torchscript
-from .interface import Recomputable
+from .interface import WhatApplyReturns
 from .recipe import Recipe, recipe_for
 from .torchscript import is_scripted, is_scripting
 
@@ -125,12 +125,13 @@ class Reparametrization(nn.Module):
         weight = recipe.compute(module)
         recorded = getattr(recipe.norm, "dim", None)
         if dim is not None and self._resolve_dim(module, recipe.name, dim, weight.dim()) != recorded:
+            # TorchScript stops and shows these lines: there, write self.wn.recompute(module) and read module.weight
             reason = f"its parts were made for {recipe.norm!r}; they say nothing about dim={dim!r}. "
             reason += "Call remove, then apply with the other dim"
             raise self._refusal(module, recipe.name, reason, verb="compute")
         return weight
 
-    def recompute(self, module: Recomputable) -> None:
+    def recompute(self, module: WhatApplyReturns) -> None:
         """Computes the weight of `module` from its parts and stores it: the line to write in `forward`.
 
         It means every parameter that this object was applied to in `module`, and the one that bears its `name`. In a
@@ -149,7 +150,7 @@ class Reparametrization(nn.Module):
     def __call__(self, module: Module) -> Module:
         return self.call(module)
 
-    def forward(self, module: Recomputable) -> None:
+    def forward(self, module: WhatApplyReturns) -> None:
         """What TorchScript makes of `wn(module)`."""
         self.recompute(module)
 
