@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import explicit_wn
+from explicit_wn import settings
 from explicit_wn.reparametrization import Reparametrization
 
 # torch deprecated TorchScript. That is for you to weigh; here the warnings would only hide the table.
@@ -31,13 +32,13 @@ def standardize(v: Tensor, dim: int = 0, eps: float = 1e-5) -> Tensor:
     return (v - mean) / std.clamp_min(eps)
 
 
-@attrs.define(slots=False, eq=False, on_setattr=None, repr=False)
+@attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False)
 class WeightStandardization(Reparametrization):
     """w = (v - mean(v)) / std(v), for each output of a layer (Qiao et al., 2019, https://arxiv.org/abs/1903.10520)."""
 
     name: str = "weight"
     dim: int | str | None = "out"
-    eps: float = 1e-5
+    eps: float = attrs.field(default=1e-5, validator=settings.positive_eps)
 
     formula = staticmethod(standardize)
     default_dim = "out"
@@ -46,9 +47,7 @@ class WeightStandardization(Reparametrization):
         return {"v": weight}
 
     def objection(self, weight: Tensor) -> str | None:
-        if weight.dim() < 2:
-            return "each of its slices is a single number, which has no spread"
-        return None if self.eps > 0 else f"eps is a number above 0, not {self.eps!r}"
+        return "each of its slices is a single number, which has no spread" if weight.dim() < 2 else None
 
     def no_inverse(self, weight: Tensor) -> str | None:
         if torch.allclose(standardize(weight, self.dim, self.eps), weight, atol=1e-4):

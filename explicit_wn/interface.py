@@ -9,11 +9,14 @@ from torch import nn
 from .torchscript import IS_THERE
 
 if TYPE_CHECKING:
-    Recomputable = nn.Module
+    WhatApplyReturns = nn.Module
 else:
 
-    class Recomputable(nn.Module):
-        """What `recompute` accepts: a module that can rebuild the weights that bear a label."""
+    class WhatApplyReturns(nn.Module):
+        """What `recompute` accepts: a module that can rebuild the weights that bear a label.
+
+        TorchScript's errors show the name, where an `apply` was forgotten.
+        """
 
         def _recompute_normed(self, label: str) -> None:
             pass
@@ -21,4 +24,4 @@ else:
     if IS_THERE:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.jit.interface is deprecated, and importing us is silent
-            Recomputable = torch.jit.interface(Recomputable)
+            WhatApplyReturns = torch.jit.interface(WhatApplyReturns)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from . import carrier, spellings, torchscript
 from .reparametrization import Folded, Reparametrization, replaced_forward
 from .spellings import Found
-from .table import Table
+from .table import Table, shape_shown
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[..., bool]
@@ -306,7 +306,7 @@ def _row(path: str, found: Found) -> Row:
 
 
 def _show(value: Any) -> str:
-    return "×".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return shape_shown(value) if isinstance(value, tuple) else str(value)
 
 
 def _check(verb: str, model: Any, norm: Any = None) -> None:
@@ -329,12 +329,29 @@ def _predicate(where: Where | None) -> Callable[[str, nn.Module], bool]:
         return lambda path, module: (
             isinstance(module, _LAYERS) and not isinstance(module, NonDynamicallyQuantizableLinear)
         )
+    _check_where(where)
     if isinstance(where, (type, tuple)):
         return lambda path, module: isinstance(module, where)
     required = [p for p in inspect.signature(where).parameters.values() if p.default is p.empty]
     if len(required) < 2:
         return lambda path, module: where(module)
     return where
+
+
+def _check_where(where: Any) -> None:
+    """Refuses what neither `isinstance` nor a call can answer."""
+    is_module = isinstance(where, nn.Module)
+    are_classes = isinstance(where, tuple) and where != () and all(isinstance(one, type) for one in where)
+    if are_classes or (callable(where) and not is_module):
+        return
+    got = f"a {type(where).__name__} itself" if is_module else repr(where)
+    message = f"apply_all: where is a module class, a tuple of them, or a function that is asked, not {got}"
+    names = [where] if isinstance(where, str) else where
+    if is_module:
+        message += "; for that module alone write norm.inline(module)"
+    elif isinstance(names, (list, tuple, set)) and names and all(isinstance(name, str) for name in names):
+        message += f"; for names write where=lambda name, module: name in {names!r}"
+    raise (ValueError if where == () else TypeError)(f"{message}.")
 
 
 @contextlib.contextmanager

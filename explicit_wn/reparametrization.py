@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from . import carrier, torchscript
-from .interface import Recomputable
+from . import carrier, settings, torchscript
+from .interface import WhatApplyReturns
 from .recipe import Recipe, recipe_for
 from .torchscript import is_scripted, is_scripting
 
@@ -26,7 +26,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class Reparametrization(nn.Module):
     """An object that makes a weight out of parts, when it is called.
 
-    A subclass is an attrs class (`@attrs.define(slots=False, eq=False, on_setattr=None, repr=False)`) that defines
+    A subclass is an attrs class, decorated as below (so that attrs leaves what is nn.Module's to it), that defines
 
     - its settings, as fields: `name`, and whatever its formula takes; `dim` may be an int, `"out"` or None;
     - `formula`: the weight from the parts and the settings, which it takes by their names. TorchScript compiles it;
@@ -34,7 +34,7 @@ class Reparametrization(nn.Module):
     - `buffer_parts`: which of them are buffers; the others are parameters;
     - `advance`, if recomputing in training mode changes the parts first: a function like `formula`, in place;
     - `steps`, if the computation is worth showing: a function like `formula` that yields its steps;
-    - `objection`, if there are settings or weights that it refuses;
+    - `objection`, if there are weights that it refuses; `explicit_wn.settings` has validators for the settings;
     - `default_dim`, which `dim=None` stands for: None itself if the formula takes that for the whole tensor;
     - `inverse`, if `split` does not give the parts that make exactly that weight; `no_inverse`, if none do;
     - `spellings`, if torch knows these parts under other names in a parametrized module's `state_dict`.
@@ -43,7 +43,7 @@ class Reparametrization(nn.Module):
     original Parameter object stays the part that `split` returns it as; a call that fails changes nothing; no hook is
     registered on any module.
 
-    >>> @attrs.define(slots=False, eq=False, on_setattr=None, repr=False)
+    >>> @attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False)
     ... class Exponential(Reparametrization):
     ...     name: str = "weight"
     ...     formula = staticmethod(lambda log: log.exp())
@@ -76,11 +76,21 @@ class Reparametrization(nn.Module):
         super().__init__()
 
     def __attrs_post_init__(self) -> None:
-        if isinstance(self.name, nn.Module):  # as torch's functions take them
+        """Checks what is known before there is a module; attrs has run the validators of the other settings."""
+        name = self.name
+        if isinstance(name, nn.Module):  # as torch's functions take them
             raise TypeError(
-                f"{self.kind}(name) takes the name of a parameter, not a {type(self.name).__name__}; the module comes "
+                f"{self.kind}(name) takes the name of a parameter, not a {type(name).__name__}; the module comes "
                 f'after it: {self.kind}("weight").apply(module).'
             )
+        if not isinstance(name, str):
+            raise settings.refusal(self, "name", name, "a str, the name of a parameter", TypeError)
+        name = str.__str__(name)  # whatever a subclass says of itself
+        objection = self._taken(name) or _no_identifier(name)
+        if objection:
+            raise ValueError(f"{self.kind} cannot norm {name!r}: {objection}.")
+        if not _is_dim(getattr(self, "dim", None)):
+            raise settings.refusal(self, "dim", self.dim, _DIM, TypeError)
 
     # What a norm defines
 
@@ -125,12 +135,13 @@ class Reparametrization(nn.Module):
         weight = recipe.compute(module)
         recorded = getattr(recipe.norm, "dim", None)
         if dim is not None and self._resolve_dim(module, recipe.name, dim, weight.dim()) != recorded:
+            # TorchScript stops and shows these lines: there, write self.wn.recompute(module) and read module.weight
             reason = f"its parts were made for {recipe.norm!r}; they say nothing about dim={dim!r}. "
             reason += "Call remove, then apply with the other dim"
             raise self._refusal(module, recipe.name, reason, verb="compute")
         return weight
 
-    def recompute(self, module: Recomputable) -> None:
+    def recompute(self, module: WhatApplyReturns) -> None:
         """Computes the weight of `module` from its parts and stores it: the line to write in `forward`.
 
         It means every parameter that this object was applied to in `module`, and the one that bears its `name`. In a
@@ -149,7 +160,7 @@ class Reparametrization(nn.Module):
     def __call__(self, module: Module) -> Module:
         return self.call(module)
 
-    def forward(self, module: Recomputable) -> None:
+    def forward(self, module: WhatApplyReturns) -> None:
         """What TorchScript makes of `wn(module)`."""
         self.recompute(module)
 
@@ -292,9 +303,8 @@ class Reparametrization(nn.Module):
             return None
         if isinstance(dim, str) and dim == "out":
             return 1 if ndim > 1 and isinstance(module, _TRANSPOSED) else 0
-        if isinstance(dim, bool) or not isinstance(dim, int):
-            reason = f'dim is an int, "out" or None, not {dim!r}'
-            raise self._refusal(module, name, reason, TypeError)
+        if not _is_dim(dim):
+            raise self._refusal(module, name, f"dim is {_DIM}, not {dim!r}", TypeError)
         if dim == -1 and self.default_dim is None:
             reason = (
                 "dim=-1 means the whole tensor to torch's weight_norm and the last dimension to most readers; say "
@@ -305,8 +315,10 @@ class Reparametrization(nn.Module):
             reason = (
                 f"dim={dim} is out of range for a weight of {ndim} dimensions; take one from 0 to {ndim - 1}, or None"
             )
+            if dim > 0 and hasattr(self, "from_r"):
+                reason += f" (from_r counts from 1 as R does, and calls it {dim + 1})"
             raise self._refusal(module, name, reason)
-        return dim % ndim
+        return int(dim) % ndim
 
     def _find(self, module: nn.Module, name: Any) -> nn.Parameter:
         """The parameter `name` of `module`, if it is one that can be normed."""
@@ -319,11 +331,8 @@ class Reparametrization(nn.Module):
             h for h in module._forward_pre_hooks.values() if type(h).__module__ in [f.__module__ for f in own_hooks]
         ]
         parameter = module._parameters.get(name)
-        reserved = hasattr(carrier.Carrier, name) or name.startswith(("__", "_normed")) or name in torchscript.NAMES
-        if "." in name:
-            reason = f"apply wants the module that owns the parameter: apply(model.{name.rpartition('.')[0]})"
-        elif reserved or unicodedata.normalize("NFKC", name) != name:
-            reason = "torch, Python or explicit_wn needs that name itself; register the parameter under another"
+        if taken := self._taken(name):
+            reason = taken
         elif name in by_us:
             clash = {f"{name}_{part}" for part in by_us[name].part_names() & self.part_names()}
             both = f" (both would keep a part in {', '.join(map(repr, sorted(clash)))})" if clash else ""
@@ -344,8 +353,8 @@ class Reparametrization(nn.Module):
             reason = f"it has no such parameter; its parameters are {names}"
             if any(isinstance(layer._parameters.get(name), nn.Parameter) for layer in module.modules()):
                 reason += "; modules within it have one, and explicit_wn.apply_all(module, norm) norms those"
-        elif not name.isidentifier() or keyword.iskeyword(name):
-            reason = "its name is no Python identifier; register it under one that is"
+        elif odd := _no_identifier(name):
+            reason = odd
         elif isinstance(parameter, UninitializedParameter):
             reason = "it is not initialized yet; run one batch through the lazy module first"
         elif kind := _kind_objection(parameter):
@@ -360,12 +369,22 @@ class Reparametrization(nn.Module):
             return parameter
         raise self._refusal(module, name, reason)
 
+    def _taken(self, name: str) -> str | None:
+        """Why no parameter that is normed can have that name, in whatever module, and the way out."""
+        if "." in name:
+            owner, _, own = name.rpartition(".")
+            return f"apply wants the module that owns the parameter: {self.kind}({own!r}).apply(model.{owner})"
+        reserved = hasattr(carrier.Carrier, name) or name.startswith(("__", "_normed")) or name in torchscript.NAMES
+        if reserved or unicodedata.normalize("NFKC", name) != name:
+            return "torch, Python or explicit_wn needs that name itself; register the parameter under another"
+        return None
+
     def _check_class(self) -> None:
         cls = type(self)
         if not attrs.has(cls) or "__slots__" in vars(cls) or cls.__eq__ is not nn.Module.__eq__:
             raise TypeError(
                 f"{cls.__name__} is no attrs class that torch can use; write the line "
-                "@attrs.define(slots=False, eq=False, on_setattr=None, repr=False) above it."
+                "@attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False) above it."
             )
 
     def _check_module(self, module: Any, name: Any, verb: str = "norm") -> None:
@@ -395,26 +414,34 @@ class Reparametrization(nn.Module):
         by_label: dict[str, list[Recipe]] = getattr(type(module), "_normed_by_label", {})
         if self.label not in by_label:
             self._check_module(module, self.name, "recompute")
-            raise self._not_normed(module, self.name, "recompute")
+            raise self._not_normed(module, None, "recompute")
         return by_label[self.label]
 
-    def _not_normed(self, module: nn.Module, name: str, verb: str) -> Exception:
+    def _not_normed(self, module: nn.Module, name: str | None, verb: str) -> Exception:
         by = ", ".join(repr(recipe.norm) for recipe in carrier.recipes_of(module)) or "no norm"
         reason = f"{self.kind}.apply(module) was not called for it, or remove ended it; this module carries {by}"
-        if any(self.label in getattr(type(layer), "_normed_by_label", ()) for layer in module.modules()):
+        own = ", ".join(repr(recipe.name) for recipe in self._own(module, None))
+        if own:
+            reason += f", and this object norms {own} in it"
+        if any(self._own(layer, name) for layer in module.modules()):
             way_out = "use explicit_wn.recompute_all(module)" if verb == "recompute" else "give it one of those"
             reason += f", but modules within it do: {way_out}"
-        return self._refusal(module, name, reason, verb=verb)
+        return self._refusal(module, self.name if name is None else name, reason, verb=verb)
 
-    def _recipes(self, module: Any, name: str | None) -> list[Recipe]:
-        """What this object does in `module`: to the parameter `name`, or to all that it was applied to."""
-        self._check_module(module, self.name if name is None else name, "find")
+    def _own(self, module: nn.Module, name: str | None) -> list[Recipe]:
+        """What this object does in `module`, if anything: to `name`, or to all that it was applied to."""
         by_label = getattr(type(module), "_normed_by_label", {})
-        found: list[Recipe] = [r for r in by_label.get(self.label, ()) if name is None or r.name == name]
+        found = [r for r in by_label.get(self.label, ()) if name is None or r.name == name]
         if not found and name is not None:
             found = [r for r in carrier.recipes_of(module) if r.name == name and r.norm_class is type(self)]
+        return found
+
+    def _recipes(self, module: Any, name: str | None) -> list[Recipe]:
+        """`_own`, of which there must be some."""
+        self._check_module(module, self.name if name is None else name, "find")
+        found = self._own(module, name)
         if not found:
-            raise self._not_normed(module, self.name if name is None else name, "find")
+            raise self._not_normed(module, name, "find")
         return found
 
     def _recipe(self, module: Any, name: str | None) -> Recipe:
@@ -437,6 +464,21 @@ def replaced_forward(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance, which a class cannot see; use apply, and call recompute"
     return None
+
+
+_DIM = 'an int, "out" or None'
+
+
+def _is_dim(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == "out"
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _no_identifier(name: str) -> str | None:
+    if name.isidentifier() and not keyword.iskeyword(name):
+        return None
+    return "its name is no Python identifier; register it under one that is"
 
 
 def _kind_objection(weight: Tensor) -> str | None:

@@ -7,7 +7,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from . import functional
+from . import functional, settings
 from .reparametrization import Reparametrization
 
 
@@ -29,13 +29,18 @@ def spectral_norm_steps(
     yield "w", "the weight", "w₀ / σ", orig / sigma
 
 
-@attrs.define(slots=False, eq=False, on_setattr=None, repr=False)
+@attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False)
 class SpectralNorm(Reparametrization):
     """w = w₀ / σ(w₀)
 
-    σ is the largest singular value of the weight seen as a matrix, which makes the layer 1-Lipschitz (Miyato et al.,
-    2018, https://arxiv.org/abs/1802.05957). It is estimated as uᵀ·w₀·v, with two vectors that power iterations bring
-    nearer to the singular vectors: `n_power_iterations` at every `recompute` in training mode, none in eval mode.
+    σ is the largest singular value of the weight seen as a matrix (Miyato et al., 2018,
+    https://arxiv.org/abs/1802.05957). It is estimated as uᵀ·w₀·v, with two vectors that power iterations bring nearer
+    to the singular vectors: `n_power_iterations` at every `recompute` in training mode, none in eval mode.
+
+    So the largest singular value becomes 1, as nearly as σ is known, and a Linear layer stretches no distance. A
+    convolution may: its matrix is the kernel reshaped, as in torch and in the paper, and the layer applies that at
+    places that overlap. It stretches distances by at most the square root of the number of the kernel's positions, 3
+    for a kernel of 3×3.
 
     `apply` replaces the parameter `weight` by the parameter `weight_orig` and the buffers `weight_u`, `weight_v`. A
     parameter of one dimension has neither buffer: it is divided by its length.
@@ -59,11 +64,11 @@ class SpectralNorm(Reparametrization):
     """
 
     name: str = "weight"
-    n_power_iterations: int = 1
-    eps: float = 1e-12
+    n_power_iterations: int = attrs.field(default=1, validator=settings.at_least(1))
+    eps: float = attrs.field(default=1e-12, validator=settings.positive_eps)
     dim: int | str | None = None
-    warmup: int = attrs.field(default=15, kw_only=True)
-    first: str = attrs.field(default="v", kw_only=True)
+    warmup: int = attrs.field(default=15, kw_only=True, validator=settings.at_least(0))
+    first: str = attrs.field(default="v", kw_only=True, validator=settings.one_of("u", "v"))
 
     formula = staticmethod(functional.spectral_norm)
     steps = staticmethod(spectral_norm_steps)
@@ -91,17 +96,7 @@ class SpectralNorm(Reparametrization):
         return {"orig": weight, "u": u[:, 0].to(weight), "v": v[0].to(weight)}
 
     def objection(self, weight: Tensor) -> str | None:
-        """Refuses settings that are none, and a weight of zeros."""
-        for field, least in (("n_power_iterations", 1), ("warmup", 0)):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                return f"{field} is an int from {least} up, not {value!r}"
-        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 < self.eps < float("inf"):
-            return f"eps is a number above 0, not {self.eps!r}"
-        if self.eps < torch.finfo(torch.float32).tiny:
-            return f"eps={self.eps!r} is 0 in single precision; take a larger one (1e-12, say)"
-        if self.first not in ("u", "v"):
-            return f'first is "u" or "v", not {self.first!r}'
+        """Refuses a weight of zeros, and one that is too large."""
         if weight.numel() == 0:
             return "it is empty, which leaves nothing to divide"
         if weight.is_meta or weight.dim() == 1:

@@ -9,7 +9,7 @@ The private torch names used here, each for want of a public one: the classes `_
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -64,21 +64,35 @@ def find(module: nn.Module) -> Iterator[Found]:
 
 
 def _from_hook(module: nn.Module, hook: Any) -> Found:
-    name, kind = hook.name, type(hook)
-    norm: Reparametrization = WeightNorm(name, None if hook.dim == -1 else hook.dim)
-    names = ["g", "v"]
+    name, kind, names = hook.name, type(hook), ["g", "v"]
     if isinstance(hook, SpectralNormHook):
-        norm, names = SpectralNorm(name, hook.n_power_iterations, hook.eps, hook.dim), ["orig", "u", "v"]
+        names = ["orig", "u", "v"]
+        norm, objection = _made(SpectralNorm, name, hook.n_power_iterations, max(_SMALLEST, hook.eps), hook.dim)
+    else:
+        norm, objection = _made(WeightNorm, name, None if hook.dim == -1 else hook.dim)
     own: dict[str, Any] = {**module._parameters, **module._buffers}
     parts = {part: own[f"{name}_{part}"] for part in names if f"{name}_{part}" in own}
-    objection = None
     if kind not in (WeightNormHook, SpectralNormHook):
         objection = f"its hook is a {kind.__module__}.{kind.__qualname__}, not torch's; remove that hook its own way"
     elif len(parts) < len(names):
         objection = "a part of it is computed by another tool (parametrize or prune); end that first"
     whole = getattr(module, f"{name}_{names[0]}" if len(names) == 3 else f"{name}_v")
-    stale = len(parts) == len(names) and _differs(norm, parts, vars(module).get(name))
-    return Found(name, "hook", norm, norm.kind, parts, tuple(whole.shape), stale, objection)
+    stale = norm is not None and len(parts) == len(names) and _differs(norm, parts, vars(module).get(name))
+    return Found(name, "hook", norm, norm.kind if norm else kind.__name__, parts, tuple(whole.shape), stale, objection)
+
+
+_SMALLEST = torch.finfo(torch.float32).tiny
+"""torch's spectral norm takes an eps of 0, and ours does not; this one divides alike."""
+
+
+def _made(
+    kind: Callable[..., Reparametrization], *settings: Any, **more: Any
+) -> tuple[Reparametrization | None, str | None]:
+    """A norm of ours with the settings of one of torch's, or why there is none."""
+    try:
+        return kind(*settings, **more), None
+    except (TypeError, ValueError) as error:
+        return None, str(error).removesuffix(".")
 
 
 def _differs(norm: Any, parts: dict[str, Tensor], current: Tensor | None) -> bool:
@@ -107,11 +121,12 @@ def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
         objection = "its parts are computed by another tool (prune, say); end that first"
     elif type(applied[0]) is _NORMS[0] and len(applied) == 1:
         parts = {"g": parts["original0"], "v": parts["original1"]}
-        last, norm = parts["v"], WeightNorm(name, None if applied[0].dim == -1 else applied[0].dim)
+        last = parts["v"]
+        norm, objection = _made(WeightNorm, name, None if applied[0].dim == -1 else applied[0].dim)
     elif type(applied[0]) is _NORMS[1] and len(applied) == 1:
         one = applied[0]
         iterations = getattr(one, "n_power_iterations", 1)  # a vector's has none
-        norm = SpectralNorm(name, iterations, one.eps, one.dim, first="u")
+        norm, objection = _made(SpectralNorm, name, iterations, max(_SMALLEST, one.eps), one.dim, first="u")
         parts = {"orig": last, **{part: one._buffers[f"_{part}"] for part in "uv" if f"_{part}" in one._buffers}}
     elif any(isinstance(one, _NORMS) for one in applied):
         objection = (

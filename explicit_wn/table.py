@@ -28,5 +28,10 @@ class Table:
         return f"<table><tr>{titles}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
 
+def shape_shown(shape: tuple[int, ...]) -> str:
+    """A shape as tables show it: `3×2`, and `number` for that of a single one."""
+    return "×".join(map(str, shape)) or "number"
+
+
 def _preformatted(cell: str) -> str:
     return f"<pre>{cell}</pre>" if "\n" in cell else cell

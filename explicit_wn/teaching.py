@@ -18,7 +18,7 @@ from . import carrier
 from .carrier import Stored
 from .recipe import Recipe
 from .reparametrization import Reparametrization
-from .table import Table
+from .table import Table, shape_shown
 from .torchscript import is_tracing
 from .weight_norm import WeightNorm
 
@@ -56,7 +56,7 @@ class Steps(Table):
         return len(self.records)
 
     def cells(self) -> list[list[str]]:
-        rows = [[s.symbol, s.meaning, s.expression, _shape_shown(s.shape), _shown(s.value)] for s in self.records]
+        rows = [[s.symbol, s.meaning, s.expression, shape_shown(s.shape), _shown(s.value)] for s in self.records]
         return [["symbol", "what it is", "expression", "shape", "value"], *rows]
 
 
@@ -122,10 +122,6 @@ def _step(symbol: str, meaning: str, expression: str, value: Any) -> Step:
 
 _MOST = 6
 """How many rows and how many columns of a value are shown."""
-
-
-def _shape_shown(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "number"
 
 
 def _shown(value: Tensor) -> str:
@@ -247,7 +243,7 @@ def _on_read(module: nn.Module, recipe: Recipe) -> None:
 def _is_torchscript_looking() -> bool:
     """Whether torch.jit reads, which looks at every attribute of a module before it traces its forward."""
     reader = sys._getframe(3).f_globals.get("__name__", "")  # above this function, _on_read and the descriptor
-    return is_tracing() or reader.startswith("torch.jit")
+    return is_tracing() or reader.startswith(("torch.jit", "torch._jit"))
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,12 +1,12 @@
 """Weight normalization: a weight as a magnitude times a direction."""
 
-import math
 from collections.abc import Iterator
 
 import attrs
 import torch
 from torch import Tensor
 
+from . import settings
 from .functional import norm_except_dim, weight_norm
 from .reparametrization import Reparametrization
 
@@ -27,7 +27,7 @@ def weight_norm_steps(
     yield "w", "the weight", f"g · v/{length}", g * (v / norm)
 
 
-@attrs.define(slots=False, eq=False, on_setattr=None, repr=False)
+@attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False)
 class WeightNorm(Reparametrization):
     """w = g · v / ‖v‖
 
@@ -57,7 +57,7 @@ class WeightNorm(Reparametrization):
 
     name: str = "weight"
     dim: int | str | None = 0
-    eps: float = 0.0
+    eps: float = attrs.field(default=0.0, validator=settings.eps)
 
     formula = staticmethod(weight_norm)
     steps = staticmethod(weight_norm_steps)
@@ -69,11 +69,7 @@ class WeightNorm(Reparametrization):
         return {"g": g.clamp_min(self.eps) if self.eps > 0 else g, "v": weight}
 
     def objection(self, weight: Tensor) -> str | None:
-        """Refuses an eps that is none, and slices that have no direction."""
-        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 <= self.eps < math.inf:
-            return f"eps is a number from 0 up, not {self.eps!r}"
-        if 0 < self.eps < torch.finfo(torch.float32).tiny:
-            return f"eps={self.eps!r} is 0 in single precision; take a larger one (1e-12, say)"
+        """Refuses slices that have no direction."""
         if weight.is_meta or weight.numel() == 0:
             return None
         g = self.split(weight.detach())["g"].flatten()
@@ -99,6 +95,8 @@ class WeightNorm(Reparametrization):
         >>> WeightNorm.from_r("weight", 2)
         WeightNorm('weight', dim=1)
         """
+        if isinstance(dim, bool) or not (dim is None or isinstance(dim, int)):
+            raise TypeError(f"from_r({name!r}, {dim!r}): R's dim is an int, or NULL, which is None here.")
         if dim == 0:
             raise ValueError(f"from_r({name!r}, 0): R counts dimensions from 1, and refuses 0; the first one is 1.")
         if dim is None or dim == -1:

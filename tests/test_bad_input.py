@@ -1,18 +1,22 @@
 """What is refused: every error says what is wrong with what, and the way out, and leaves the module as it was."""
 
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import attrs
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from whole_models import first_and_last_visits, lines_run
 
-from explicit_wn import SpectralNorm, WeightNorm
+from explicit_wn import SpectralNorm, WeightNorm, settings
+from explicit_wn.reparametrization import Reparametrization
 
 
 class State(NamedTuple):
@@ -114,6 +118,13 @@ def case(
     return Case(make, WeightNorm() if norm is None else norm, options, says, error)
 
 
+def changed(**settings: Any) -> WeightNorm:
+    """A norm whose settings were good when it was made."""
+    norm = WeightNorm()
+    vars(norm).update(settings)
+    return norm
+
+
 KEEP_LAST = "dim=1 to keep the last dimension"
 OWN_NAMES = "its parameters are 'weight', 'bias'"
 NAMES: dict[str, Case] = {
@@ -128,18 +139,20 @@ NAMES: dict[str, Case] = {
     "number": case(linear, "cannot norm 3", "name is a str", OWN_NAMES, name=3, error=TypeError),
     "bytes": case(linear, "b'weight'", "name is a str", OWN_NAMES, name=b"weight", error=TypeError),
     "list": case(linear, "['weight']", "name is a str", OWN_NAMES, name=["weight"], error=TypeError),
-    "None of the object": case(linear, "name is a str", OWN_NAMES, norm=WeightNorm(None), error=TypeError),  # type: ignore[arg-type]
+    "None of the object": case(linear, "name is a str", OWN_NAMES, norm=changed(name=None), error=TypeError),
+    "dotted, of the object": case(Outer, "WeightNorm('weight').apply(model.fc)", norm=changed(name="fc.weight")),
     "no parameters": case(nn.ReLU, "'weight'", "no such parameter", "are none"),
 }
 DIMS: dict[str, Case] = {
     "too large": case(linear, "dim=2", "2 dimensions", "from 0 to 1, or None", dim=2),
+    "too large in R": case(linear, "dim=4", "from_r counts from 1", "calls it 5", norm=WeightNorm.from_r("weight", 5)),
     "too small": case(linear, "dim=-3", "2 dimensions", "from 0 to 1, or None", dim=-3),
     "too large for a bias": case(linear, "'bias'", "dim=1", "from 0 to 0, or None", name="bias", dim=1),
     "-1": case(linear, "dim=-1", "whole tensor", "dim=None", KEEP_LAST, dim=-1),
     "-1 of a bias": case(linear, "dim=-1", "dim=0 to keep the last dimension", name="bias", dim=-1),
     "-1 of the object": case(linear, "dim=-1", "whole tensor", "dim=None", KEEP_LAST, norm=WeightNorm(dim=-1)),
     "True": case(linear, "not True", 'an int, "out" or None', dim=True, error=TypeError),
-    "False": case(linear, "not False", 'an int, "out" or None', norm=WeightNorm(dim=False), error=TypeError),
+    "False": case(linear, "not False", 'an int, "out" or None', norm=changed(dim=False), error=TypeError),
     "float": case(linear, "not 0.0", 'an int, "out" or None', dim=0.0, error=TypeError),
     "str": case(linear, "not 'in'", 'an int, "out" or None', dim="in", error=TypeError),
     "empty str": case(linear, "not ''", 'an int, "out" or None', dim="", error=TypeError),
@@ -164,11 +177,6 @@ WEIGHTS: dict[str, Case] = {
     "all zero": case(lambda: zeros_at(*range(8)), "all of it is zero", "eps", norm=WeightNorm(dim=None)),
     "zero bias": case(lambda: zero_bias(), "'bias'", "slices 1 are", "eps", name="bias"),
 }
-EPS: dict[str, Case] = {
-    str(eps): case(linear, f"eps={eps!r}", f"a number from 0 up, not {eps!r}", norm=WeightNorm(eps=eps))
-    for eps in (-1.0, -1e-12, float("nan"), float("inf"), True, "1e-6", None)
-}
-EPS["1e-40"] = case(linear, "eps=1e-40 is 0 in single precision", "1e-12", norm=WeightNorm(eps=1e-40))
 
 
 def zero_bias() -> nn.Module:
@@ -222,7 +230,7 @@ def parametrized_since() -> nn.Module:
 
 
 CASES = {f"{kind}: {key}": value for kind, group in
-         {"name": NAMES, "dim": DIMS, "weight": WEIGHTS, "eps": EPS, "elsewhere": ELSEWHERE}.items()
+         {"name": NAMES, "dim": DIMS, "weight": WEIGHTS, "elsewhere": ELSEWHERE}.items()
          for key, value in group.items()}  # fmt: skip
 
 
@@ -244,7 +252,7 @@ def test_a_refused_apply_says_why_and_changes_nothing(bad: Case, verb: str) -> N
 def test_a_name_that_is_no_identifier_is_refused(name: str) -> None:
     module = Own()
     module.register_parameter(name, nn.Parameter(torch.ones(2, 3)))
-    refused(lambda: WeightNorm(name).apply(module), module, "of this Own:", repr(name), "identifier", "register it")
+    refused(lambda: WeightNorm().apply(module, name), module, "of this Own:", repr(name), "identifier", "register it")
 
 
 @pytest.mark.parametrize(
@@ -317,6 +325,97 @@ def test_a_container_of_what_is_wanted_says_so() -> None:
     assert refused(lambda: wn.recompute(other), other, "this Sequential").endswith("this module carries no norm.")
 
 
+@attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False)
+class Short(Reparametrization):
+    """As short as a norm can be: what is checked of it is what every norm inherits."""
+
+    name: str = "weight"
+    dim: int | str | None = "out"
+    times: int = attrs.field(default=1, validator=settings.at_least(1))
+
+
+ALL = WeightNorm, SpectralNorm, Short
+NORMS_AND_BAD: dict[str, tuple[tuple[Any, ...], list[Any], str, type[Exception]]] = {
+    "name": (ALL, [3, None, b"weight", ["weight"], True], "name is a str, the name of a parameter", TypeError),
+    "name, odd": (ALL, ["", "a b", "class", "1st", "it's"], "is no Python identifier; register it under", ValueError),
+    "name, taken": (
+        ALL,
+        ["forward", "__len__", "_normed", "_recompute_normed", "ﬁ"],
+        "needs that name itself",
+        ValueError,
+    ),
+    "name, dotted": (ALL, ["fc.weight"], "('weight').apply(model.fc)", ValueError),
+    "dim": (
+        ALL,
+        [1.5, 0.0, True, "in", "", (0,), np.int64(1), torch.tensor(0)],
+        'dim is an int, "out" or None',
+        TypeError,
+    ),
+    "eps": ((WeightNorm,), [-1, -1e-12, float("nan"), float("inf")], "eps is a finite float from 0 up", ValueError),
+    "eps, type": ((WeightNorm,), ["a", True, None, np.float32(1)], "eps is a finite float from 0 up", TypeError),
+    "eps, above": (
+        (SpectralNorm,),
+        [0, 0.0, -1, float("nan"), float("inf")],
+        "eps is a finite float above 0",
+        ValueError,
+    ),
+    "eps, above, type": ((SpectralNorm,), ["a", True, None], "eps is a finite float above 0", TypeError),
+    "eps, tiny": ((WeightNorm, SpectralNorm), [1e-40], "eps is 0 in single precision; take a larger", ValueError),
+    "n_power_iterations": ((SpectralNorm,), [0, -3], "n_power_iterations is an int from 1 up", ValueError),
+    "n_power_iterations, type": ((SpectralNorm,), [1.0, True, "1", None], "n_power_iterations is an int", TypeError),
+    "warmup": ((SpectralNorm,), [-1], "warmup is an int from 0 up", ValueError),
+    "warmup, type": ((SpectralNorm,), [1.5, True, None], "warmup is an int from 0 up", TypeError),
+    "first": ((SpectralNorm,), ["w", "", "uv"], 'first is "u" or "v"', ValueError),
+    "first, type": ((SpectralNorm,), [None, 1], 'first is "u" or "v"', TypeError),
+    "times": ((Short,), [0], "times is an int from 1 up", ValueError),
+}
+BAD_SETTINGS = [
+    pytest.param(norm, field.partition(",")[0], value, says, error, id=f"{norm.__name__}({field}={value!r})")
+    for field, (norms, values, says, error) in NORMS_AND_BAD.items()
+    for norm in norms
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("norm", "field", "value", "says", "error"), BAD_SETTINGS)
+def test_what_is_known_when_a_norm_is_made_is_refused_then(
+    norm: Any, field: str, value: Any, says: str, error: type[Exception]
+) -> None:
+    """And when it was changed later, at the next use: nothing is made of it."""
+    late = norm()
+    setattr(late, field, value)
+    for make in (lambda: norm(**{field: value}), lambda: attrs.evolve(norm(), **{field: value}), late.clone):
+        with pytest.raises(error) as raised:
+            make()
+        assert type(raised.value) is error
+        assert says in str(raised.value)
+        assert str(raised.value).startswith((f"{norm.__name__}({field}={value!r}): ", f"{norm.__name__} cannot norm "))
+    if norm is not Short:
+        module = linear()
+        refused(lambda: late.apply(module), module, repr(value), error=error)
+
+
+@pytest.mark.parametrize(
+    ("dim", "says", "error"),
+    [
+        *((dim, "R's dim is an int, or NULL, which is None here", TypeError) for dim in ("1", True, 1.0, "out")),
+        (0, "R counts dimensions from 1", ValueError),
+    ],
+)
+def test_a_dim_that_is_none_in_R_is_refused(dim: Any, says: str, error: type[Exception]) -> None:
+    with pytest.raises(error, match=re.escape(f"from_r('weight', {dim!r}): {says}")):
+        WeightNorm.from_r("weight", dim)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [WeightNorm(eps=0), WeightNorm(dim=-2), WeightNorm(dim="out"), SpectralNorm(eps=1), SpectralNorm(warmup=0)],
+    ids=repr,
+)
+def test_settings_at_the_edge_are_taken(norm: Any) -> None:
+    assert norm.apply(linear()).weight.isfinite().all()
+
+
 def test_a_module_in_the_place_of_the_name_is_refused() -> None:
     """As torch's functions take them."""
     for norm in WeightNorm, SpectralNorm:
@@ -330,11 +429,22 @@ def test_a_norm_that_was_removed_says_that() -> None:
     refused(lambda: wn.recompute(module), module, "was not called for it, or remove ended it")
 
 
-@pytest.mark.parametrize("verb", ["remove", "compute_weight"])
+@pytest.mark.parametrize("verb", ["remove", "compute_weight", "assign"])
 def test_a_name_that_is_not_normed_is_refused_on_a_normed_module(verb: str) -> None:
     wn = WeightNorm()
     module = wn.apply(nn.Linear(3, 2))
-    refused(lambda: getattr(wn, verb)(module, "bias"), module, "'bias' of this Linear", "carries WeightNorm('weight'")
+    arguments = (torch.ones(2),) if verb == "assign" else ()
+    for outer in module, nn.Sequential(module):
+        message = refused(
+            lambda outer=outer: getattr(wn, verb)(outer, *arguments, name="bias"), outer, "'bias' of this "
+        )
+        assert "within it" not in message
+        assert ("and this object norms 'weight' in it" in message) == (outer is module)
+        assert ("carries WeightNorm('weight'" in message) == (outer is module)
+    if verb == "remove":
+        refused(
+            lambda: wn.remove(nn.Sequential(module), "weight"), module, "modules within it do: give it one of those"
+        )
 
 
 def test_an_object_applied_to_several_names_asks_which() -> None:

@@ -245,6 +245,30 @@ def test_where_that_chooses_what_has_no_weight_is_refused_and_nothing_is_normed(
     assert_unchanged(model, before)
 
 
+NO_WHERE: list[tuple[Any, str]] = [
+    (["0"], "for names write where=lambda name, module: name in ['0']"),
+    (("0", "2"), "for names write where=lambda name, module: name in ('0', '2')"),
+    ("0", "for names write where=lambda name, module: name in ['0']"),
+    (("0", nn.Linear), "not ('0', <class"),
+    ((nn.Linear, nn.Linear(2, 2)), "not (<class"),
+    ([nn.Linear], "not [<class"),
+    (nn.Linear(2, 2), "not a Linear itself; for that module alone write norm.inline(module)"),
+    ((), "not ()"),
+    (3, "not 3"),
+]
+
+
+@pytest.mark.parametrize(("where", "says"), NO_WHERE, ids=str)
+def test_what_where_cannot_be_is_refused_and_nothing_is_normed(where: Any, says: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    with pytest.raises(ValueError if where == () else TypeError) as raised:
+        apply_all(model, WeightNorm(), where=where)
+    assert "where is a module class, a tuple of them, or a function that is asked" in str(raised.value)
+    assert str(raised.value).endswith(".")
+    assert says in str(raised.value)
+    assert not list(normed(model))
+
+
 def test_an_exception_in_where_leaves_the_model_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     before = Picture(model)
@@ -973,6 +997,7 @@ def test_a_report_has_a_row_for_every_weight_in_whatever_spelling() -> None:
         "plain.weight_hh_l0": ("", "plain", "", (12, 3), 36, ""),
         "orthogonal.weight": ("Orthogonal", "parametrization", "", (3, 3), 9, "fresh"),
     }
+    assert rows["ours.weight"].parts == "g number, v 3×4"
     assert rows["hook.weight"].parts == "g 1×4×1, v 3×4×2"
     assert rows["inlined.weight"].parts == "orig 4×3×2, u 3, v 8"
 

@@ -11,7 +11,7 @@ import torch
 from layers import by_hand, first_output, make_stale
 from torch import Tensor, nn
 
-from explicit_wn import WeightNorm
+from explicit_wn import SpectralNorm, WeightNorm
 from explicit_wn.reparametrization import Reparametrization
 
 Factory = Callable[[], nn.Module]
@@ -625,6 +625,13 @@ def test_an_object_of_another_name_acts_on_what_is_normed_when_it_is_told_the_na
     torch.testing.assert_close(other.compute_weight(module, "bias").detach(), bias)
     assert type(other.remove(module, "bias")) is nn.Linear
     torch.testing.assert_close(module.bias.detach(), bias)
+
+
+@pytest.mark.parametrize("norm", [WeightNorm(), SpectralNorm()], ids=repr)
+def test_a_norm_takes_attributes_as_any_module_does(norm: Any) -> None:
+    """attrs would check settings there as well, by a `__setattr__` of its own that registers nothing."""
+    norm.helper = nn.Linear(3, 2)
+    assert dict(norm.named_children()) == {"helper": norm.helper}
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,23 @@ def test_a_warmed_up_layer_starts_with_a_good_sigma() -> None:
         SpectralNorm("weight", 1, 1e-12, None, 15)  # type: ignore[misc]  # by its name only
 
 
+@pytest.mark.parametrize(
+    ("layer", "signal", "stretched"),
+    [
+        (nn.Linear(36, 36, bias=False), torch.ones(1, 36), 1.0),
+        (nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular", bias=False), torch.ones(1, 1, 6, 6), 3.0),
+    ],
+    ids=["Linear", "Conv2d"],
+)
+def test_a_linear_stretches_nothing_and_a_convolution_up_to_the_root_of_its_positions(
+    layer: nn.Module, signal: Tensor, stretched: float
+) -> None:
+    """As the docstring says; of all kernels of ones the constant signal is stretched most."""
+    nn.init.ones_(layer.weight)  # type: ignore[arg-type]
+    SpectralNorm().inline(layer).eval()
+    torch.testing.assert_close(layer(signal).norm(), stretched * signal.norm())
+
+
 # The contexts
 
 
@@ -1316,32 +1333,9 @@ def state_of(module: nn.Module) -> list[Any]:
 
 
 BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"n_power_iterations": 0}, ValueError, "n_power_iterations is an int from 1 up, not 0"),
-    ({"n_power_iterations": -3}, ValueError, "n_power_iterations is an int from 1 up, not -3"),
-    ({"n_power_iterations": 1.0}, ValueError, "n_power_iterations is an int from 1 up, not 1.0"),
-    ({"n_power_iterations": True}, ValueError, "n_power_iterations is an int from 1 up, not True"),
-    ({"n_power_iterations": "1"}, ValueError, "n_power_iterations is an int from 1 up, not '1'"),
-    ({"n_power_iterations": None}, ValueError, "n_power_iterations is an int from 1 up, not None"),
-    ({"eps": 0}, ValueError, "eps is a number above 0, not 0"),
-    ({"eps": -1e-12}, ValueError, "eps is a number above 0, not -1e-12"),
-    ({"eps": float("nan")}, ValueError, "eps is a number above 0, not nan"),
-    ({"eps": float("inf")}, ValueError, "eps is a number above 0, not inf"),
-    ({"eps": True}, ValueError, "eps is a number above 0, not True"),
-    ({"eps": "small"}, ValueError, "eps is a number above 0, not 'small'"),
-    ({"eps": 1e-50}, ValueError, "eps"),
     ({"dim": 2}, ValueError, "dim=2 is out of range for a weight of 2 dimensions"),
     ({"dim": -3}, ValueError, "dim=-3 is out of range for a weight of 2 dimensions"),
-    ({"dim": True}, TypeError, 'dim is an int, "out" or None, not True'),
-    ({"dim": 0.0}, TypeError, 'dim is an int, "out" or None, not 0.0'),
-    ({"dim": "in"}, TypeError, "dim is an int, \"out\" or None, not 'in'"),
-    ({"warmup": -1}, ValueError, "warmup is an int from 0 up, not -1"),
-    ({"warmup": 1.5}, ValueError, "warmup is an int from 0 up, not 1.5"),
-    ({"first": "w"}, ValueError, 'first is "u" or "v", not \'w\''),
-    ({"first": None}, ValueError, 'first is "u" or "v", not None'),
     ({"name": "kernel"}, ValueError, "it has no such parameter; its parameters are 'weight', 'bias'"),
-    ({"name": "0.weight"}, ValueError, "the module that owns the parameter"),
-    ({"name": ""}, ValueError, "its parameters are 'weight', 'bias'"),
-    ({"name": 3}, TypeError, "a parameter's name is a str"),
     ({"name": "bias", "dim": 1}, ValueError, "dim=1 is out of range for a weight of 1 dimension"),
 ]
 
@@ -1350,7 +1344,9 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(
     ("settings", "error", "message"), BAD_SETTINGS, ids=[f"{settings}" for settings, _, _ in BAD_SETTINGS]
 )
-def test_bad_settings_are_refused(settings: dict[str, Any], error: type[Exception], message: str, form: str) -> None:
+def test_settings_that_do_not_fit_the_module_are_refused(
+    settings: dict[str, Any], error: type[Exception], message: str, form: str
+) -> None:
     module = nn.Linear(4, 3)
     before = state_of(module)
     with pytest.raises(error, match=re.escape(message)) as refused:

@@ -186,6 +186,28 @@ def test_the_settings_of_a_spectral_norm_are_kept(norm: Norm, options: dict[str,
     assert {key: getattr(found, key) for key in options} == options
 
 
+@spectral_norms
+@pytest.mark.parametrize("eps", [0.0, 1e-45])
+def test_an_eps_that_ours_refuses_is_converted_to_one_that_divides_alike(norm: Norm, eps: float) -> None:
+    model, original = CONV1D.model(norm, eps=eps), CONV1D.model(norm, eps=eps)
+    convert(model)
+    for _ in range(3):
+        torch.testing.assert_close(model(*CONV1D.inputs()), original(*CONV1D.inputs()))
+
+
+@weight_norms
+@pytest.mark.parametrize("name", ["a b", "class", "ﬁ"])
+def test_a_name_that_ours_refuses_is_reported_and_not_converted(norm: Norm, name: str) -> None:
+    layer = nn.Linear(3, 2)
+    layer.register_parameter(name, nn.Parameter(torch.ones(2, 3)))
+    norm(layer, name)
+    row = next(row for row in report(layer).rows if row.name == name)
+    assert (row.norm, row.parts) == ("WeightNorm", "g 2×1, v 2×3")
+    for verb in convert, fold:
+        with pytest.raises(ValueError, match=f"cannot convert {name!r} of this Linear: .*register"):
+            verb(layer)
+
+
 @weight_norms
 def test_a_bias_is_converted_too(norm: Norm) -> None:
     model = Holder(norm(LINEAR.make(), "bias"))

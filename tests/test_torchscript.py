@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -499,6 +500,78 @@ def test_pin_who_looks_for_the_marks_of_torch_jit_export() -> None:
     assert torch.jit._recursive.make_stubs_from_exported_methods(layer) == []
     stubs = torch.jit._recursive.infer_methods_to_compile(layer)
     assert "_recompute_normed" in [stub.def_.name().name for stub in stubs]
+
+
+class Unapplied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wn = WeightNorm()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.fc)
+        return self.fc(x)
+
+
+class Computing(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.wn.compute_weight(self.fc))
+
+
+class Calling(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wn.call(self.fc)(x)
+
+
+class Inlining(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wn.inline(self.fc)(x)
+
+
+class Assigning(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.assign(self.fc, x)
+        return x
+
+
+class Removing(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wn.remove(self.fc)(x)
+
+
+GLOBAL = WeightNorm()
+
+
+class WithAGlobal(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        GLOBAL.recompute(self.fc)
+        return self.fc(x)
+
+
+def frozen_without_us() -> None:
+    torch.jit.freeze(torch.jit.script(fresh_net().eval()))(torch.ones(4, 3))
+
+
+IN_TORCHS_WORDS: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "apply forgotten": (Unapplied, "does not have method '_recompute_normed'", "interface.WhatApplyReturns'"),
+    "compute_weight": (Computing, "Don't support conversion in JoinedStr", "write self.wn.recompute(module) and read"),
+    "call": (Calling, "Unknown type name 'Module'", ""),
+    "inline": (Inlining, "Unknown type name 'Module'", ""),
+    "assign": (Assigning, "Unknown type name 'Module'", ""),
+    "remove": (Removing, "Comprehension ifs are not supported yet", ""),
+    "global": (WithAGlobal, "attribute lookup is not defined on python value of type 'WeightNorm'", "GLOBAL.recompute"),
+    "freeze": (frozen_without_us, "Couldn't find method: '_recompute_normed'", ""),
+}
+
+
+@pytest.mark.parametrize(("make", "words", "hint"), IN_TORCHS_WORDS.values(), ids=IN_TORCHS_WORDS)
+def test_pin_the_readme_quotes_what_torchscript_says(make: Callable[[], Any], words: str, hint: str) -> None:
+    """And where torch shows lines of ours, they name the way out. If this fails, quote the new words in the limits."""
+    with pytest.raises((RuntimeError, torch.jit.frontend.NotSupportedError)) as raised:
+        torch.jit.script(make())
+    assert words in str(raised.value)
+    assert hint in str(raised.value)
+    assert f"`{words}`" in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_pin_freeze_alone_cannot_follow_a_call_through_an_interface() -> None:

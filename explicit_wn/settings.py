@@ -1,0 +1,66 @@
+"""What the settings of a norm may be: validators for its fields, which attrs runs whenever a norm is made.
+
+eps: float = attrs.field(default=1e-5, validator=settings.positive_eps)
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+
+Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+
+def at_least(least: int) -> Validator:
+    """An int, and no bool, from `least` up."""
+
+    def check(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
+        wanted = f"an int from {least} up"
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise refusal(norm, field.name, value, wanted, TypeError)
+        if value < least:
+            raise refusal(norm, field.name, value, wanted)
+
+    return check
+
+
+def one_of(*choices: str) -> Validator:
+    """One of these texts."""
+
+    def check(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
+        wanted = " or ".join(f'"{choice}"' for choice in choices)
+        if not isinstance(value, str):
+            raise refusal(norm, field.name, value, wanted, TypeError)
+        if value not in choices:
+            raise refusal(norm, field.name, value, wanted)
+
+    return check
+
+
+def eps(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
+    """The smallest norm that is divided by, or 0 for none."""
+    _check_eps(norm, field, value, "a finite float from 0 up")
+
+
+def positive_eps(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
+    """`eps`, where a norm needs one."""
+    wanted = "a finite float above 0"
+    _check_eps(norm, field, value, wanted)
+    if value == 0:
+        raise refusal(norm, field.name, value, wanted)
+
+
+def _check_eps(norm: Any, field: "attrs.Attribute[Any]", value: Any, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise refusal(norm, field.name, value, wanted, TypeError)
+    if not 0 <= value < math.inf:
+        raise refusal(norm, field.name, value, wanted)
+    if 0 < value < torch.finfo(torch.float32).tiny:
+        raise refusal(norm, field.name, value, "0 in single precision; take a larger one (1e-12, say)")
+
+
+def refusal(norm: Any, setting: str, value: Any, wanted: str, error: type[Exception] = ValueError) -> Exception:
+    """The error of a setting that is none: whose it is, what was given, and what is wanted."""
+    return error(f"{type(norm).__name__}({setting}={value!r}): {setting} is {wanted}.")
