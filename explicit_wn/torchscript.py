@@ -69,6 +69,9 @@ def script(model: nn.Module) -> Any:
     `self.wn.recompute(self.fc)` compiles to a call through an interface, which `freeze` does not look into: it fails,
     or keeps the weight of the moment of scripting. Here those calls are replaced by what they do.
 
+    What is saved for the lite interpreter (`_save_to_buffer_for_lite_interpreter`) wants the same: of a plain
+    `torch.jit.script` it runs nowhere ("Couldn't find method: '_recompute_normed'").
+
     >>> import explicit_wn
     >>> layer = explicit_wn.WeightNorm().inline(torch.nn.Linear(3, 2)).eval()
     >>> frozen = torch.jit.freeze(explicit_wn.script(layer))

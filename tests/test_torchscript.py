@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import io
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,7 @@ import pytest
 import torch
 from layers import make_stale
 from torch import Tensor, nn
+from torch.jit.mobile import _load_for_lite_interpreter
 
 import explicit_wn
 from explicit_wn import WeightNorm, functional
@@ -579,6 +581,20 @@ def test_pin_freeze_alone_cannot_follow_a_call_through_an_interface() -> None:
     frozen = torch.jit.freeze(torch.jit.script(fresh_net().eval()))
     with pytest.raises(RuntimeError, match="Couldn't find method: '_recompute_normed'"):
         frozen(torch.randn(4, 3))
+
+
+def for_mobile(scripted: Any) -> Any:
+    """What the lite interpreter makes of `scripted`."""
+    return _load_for_lite_interpreter(io.BytesIO(scripted._save_to_buffer_for_lite_interpreter()))
+
+
+@pytest.mark.filterwarnings("ignore:.*Lite Interpreter is deprecated:DeprecationWarning")
+def test_the_lite_interpreter_wants_our_script() -> None:
+    model, x = fresh_net(), torch.randn(4, 3)
+    make_stale(model.fc)
+    torch.testing.assert_close(for_mobile(explicit_wn.script(model))(x), model(x), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="Couldn't find method: '_recompute_normed'"):  # a pin, as above
+        for_mobile(torch.jit.script(fresh_net()))(x)
 
 
 @pytest.mark.parametrize("optimize", [torch.jit.freeze, torch.jit.optimize_for_inference])
