@@ -46,6 +46,20 @@ def is_getattr_torchs() -> bool:
     return torch.nn.Module.__getattr__ is _getattr
 
 
+def is_ordinary() -> bool:
+    """Whether nothing of all that goes on: what runs now runs for its numbers alone."""
+    return not (
+        _is_compiling()
+        or _forward_ad._current_level >= 0
+        or _are_functorch_transforms_active()
+        or _Module.__getattr__ is not _getattr
+    )
+
+
+_is_compiling, _Module, _forward_ad = torch.compiler.is_compiling, torch.nn.Module, torch.autograd.forward_ad
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+
+
 @functools.cache
 def held() -> Formula:
     """A copy that the backward of a compiled graph keeps, where it would make a `clone` again.

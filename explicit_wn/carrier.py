@@ -16,6 +16,7 @@ import contextlib
 import copyreg
 import inspect
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from threading import get_ident
@@ -28,6 +29,8 @@ from torch.nn.parameter import is_lazy
 
 from . import capture, torchscript
 from .recipe import INLINED, Recipe
+from .straight import Straight
+from .straight import straight as write_straight
 
 
 @attrs.define(eq=False)
@@ -93,7 +96,7 @@ def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
     """Computes a weight and stores it."""
     store = store_of(module)
     store.pop(recipe.name, None)  # freed before its successor is allocated: the same memory is used again
-    value = _compute(module, recipe, by_read)
+    value = compute(module, recipe, by_read)
     if not isinstance(value, torch.fx.Proxy):
         sources = recipe.sources(module)
         store[recipe.name] = Stored(value, sources, versions(sources), get_ident())
@@ -109,7 +112,7 @@ def in_use(module: nn.Module, name: str) -> Tensor | None:
     return store.running.get((get_ident(), name), None if stored is None else stored.value)
 
 
-def _compute(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
+def compute(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
     """Computes a weight, for whom torch lets us."""
     try:
         value = recipe.compute(module)
@@ -137,22 +140,26 @@ def _refuse_sharded(module: nn.Module, recipe: Recipe) -> None:
 def recompute(module: nn.Module, label: str) -> None:
     """Computes and stores every weight of `module` that bears `label`; within a captured graph, stores nothing."""
     if capture.capturing() or get_ident() not in store_of(module).copying:
-        recompute_recipes(module, type(module)._normed_by_label[label])  # type: ignore[attr-defined]
+        for straight in type(module)._normed_by_label[label]:  # type: ignore[attr-defined]
+            straight.recompute(module)
 
 
-def recompute_recipes(module: nn.Module, recipes: Iterable[Recipe]) -> None:
-    """Computes and stores these weights of `module`; stores nothing for a captured graph or a functorch transform."""
+def recompute_recipe(module: nn.Module, recipe: Recipe) -> None:
+    """Computes and stores a weight; stores nothing for a captured graph or a functorch transform."""
     if capture.capturing():
-        for recipe in recipes:
-            _advance(module, recipe)
-        return
-    for recipe in recipes:
-        if not _is_held(module, recipe):
-            _advance(module, recipe)
-            if _is_for_once(module, recipe):
-                store_of(module).pop(recipe.name, None)  # whoever reads it computes it
-            else:
-                refresh(module, recipe)
+        advance(module, recipe)
+    elif not _is_held(module, recipe):
+        advance(module, recipe)
+        if _is_for_once(module, recipe):
+            store_of(module).pop(recipe.name, None)  # whoever reads it computes it
+        else:
+            refresh(module, recipe)
+
+
+def advance_and_compute(module: nn.Module, recipe: Recipe) -> Tensor:
+    """The weight as a recompute makes it; stores nothing."""
+    advance(module, recipe)
+    return compute(module, recipe)
 
 
 def _is_for_once(module: nn.Module, recipe: Recipe) -> bool:
@@ -160,7 +167,7 @@ def _is_for_once(module: nn.Module, recipe: Recipe) -> bool:
     return capture.is_transformed() or any(type(module._parameters.get(name)) is Tensor for name in recipe.attributes)
 
 
-def _advance(module: nn.Module, recipe: Recipe) -> None:
+def advance(module: nn.Module, recipe: Recipe) -> None:
     """What a recompute in training mode does first."""
     if recipe.advance is not None and module.training:
         recipe.advance(**(recipe.own(module) or recipe.read(module)), **recipe.advance_options)
@@ -213,39 +220,42 @@ def is_current(stored: Stored, module: nn.Module, recipe: Recipe) -> bool:
     return True
 
 
-class Derived:
-    """The weight as an attribute of its module: stored in eager mode, computed in place in a captured graph."""
+def read(module: nn.Module, recipe: Recipe) -> Tensor:
+    """The weight as its attribute gives it: stored in eager mode, computed in place in a captured graph."""
+    if capture.capturing():
+        if torch.compiler.is_dynamo_compiling():
+            capture.announce_to_dynamo()
+            if not torch.compiler.is_exporting():  # whose graph is to hold no operator of ours
+                value: Tensor = recipe.operator.call(*recipe.read(module).values())
+                return value
+        return recipe.formula_once(**recipe.read(module), **recipe.formula_options)
+    if on_read is not None:
+        on_read(module, recipe)
+    store = store_of(module)
+    if store.running:
+        running = store.running.get((get_ident(), recipe.name))
+        if running is not None:
+            return running
+    stored = store.get(recipe.name)
+    not_kept = recipe.inlined and not store.held  # for others than the module's own forward
+    if stored is None or not_kept or not is_current(stored, module, recipe):
+        if stored is not None and stored.thread != get_ident():
+            return compute(module, recipe, by_read=True)
+        if _is_for_once(module, recipe):
+            store.pop(recipe.name, None)
+            return compute(module, recipe, by_read=True)
+        return refresh(module, recipe, by_read=True)
+    return stored.value
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+
+class Derived:
+    """The weight as an attribute of its module."""
+
+    def __init__(self, recipe: Recipe, read: Callable[[Any], Any]) -> None:
+        self.recipe, self.read = recipe, read
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
-        if module is None:
-            return self
-        recipe = self.recipe
-        if capture.capturing():
-            if torch.compiler.is_dynamo_compiling():
-                capture.announce_to_dynamo()
-                if not torch.compiler.is_exporting():  # whose graph is to hold no operator of ours
-                    return recipe.operator.call(*recipe.read(module).values())
-            return recipe.formula_once(**recipe.read(module), **recipe.formula_options)
-        if on_read is not None:
-            on_read(module, recipe)
-        store = store_of(module)
-        if store.running:
-            running = store.running.get((get_ident(), recipe.name))
-            if running is not None:
-                return running
-        stored = store.get(recipe.name)
-        not_kept = recipe.inlined and not store.held  # for others than the module's own forward
-        if stored is None or not_kept or not is_current(stored, module, recipe):
-            if stored is not None and stored.thread != get_ident():
-                return _compute(module, recipe, by_read=True)
-            if _is_for_once(module, recipe):
-                store.pop(recipe.name, None)
-                return _compute(module, recipe, by_read=True)
-            return refresh(module, recipe, by_read=True)
-        return stored.value
+        return self if module is None else self.read(module)
 
     def __set__(self, module: nn.Module, value: Any) -> None:
         recipe = self.recipe
@@ -283,7 +293,8 @@ class Carrier(nn.Module):
     """The first base of every generated class."""
 
     _normed: tuple[Recipe, ...] = ()
-    _normed_by_label: dict[str, list[Recipe]] = {}
+    _normed_straight: list[Straight] = []
+    _normed_by_label: dict[str, list[Straight]] = {}
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
@@ -361,18 +372,17 @@ def _run_inlined(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
     if capture.capturing():
         recompute(self, INLINED)
         return self._forward_of_base(*arguments, **keywords)
-    recipes, store, thread = self._normed_by_label[INLINED], store_of(self), get_ident()
-    if store.blocks and _is_held(self, recipes[0]):
+    inlined, store, thread = self._normed_by_label[INLINED], store_of(self), get_ident()
+    if store.blocks and _is_held(self, inlined[0].recipe):
         return self._forward_of_base(*arguments, **keywords)
     try:
-        for recipe in recipes:
-            store.pop(recipe.name, None)  # what a recompute from outside left
-            _advance(self, recipe)
-            store.running[thread, recipe.name] = _compute(self, recipe)
+        for straight in inlined:
+            store.pop(straight.name, None)  # what a recompute from outside left
+            store.running[thread, straight.name] = straight.compute(self)
         return self._forward_of_base(*arguments, **keywords)
     finally:
-        for recipe in recipes:
-            store.running.pop((thread, recipe.name), None)
+        for straight in inlined:
+            store.running.pop((thread, straight.name), None)
 
 
 class _DoesNotFit(Exception):
@@ -435,17 +445,18 @@ def carrier_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn
 
 
 def _make_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.Module]:
-    by_label: dict[str, list[Recipe]] = {}
-    for recipe in recipes:
-        for label in recipe.labels:
-            by_label.setdefault(label, []).append(recipe)
+    straight = [write_straight(recipe, base, sys.modules[__name__]) for recipe in recipes]
+    by_label: dict[str, list[Straight]] = {}
+    for one in straight:
+        for label in one.recipe.labels:
+            by_label.setdefault(label, []).append(one)
     namespace: dict[str, Any] = {name: getattr(base, name, None) for name in ("__module__", "__qualname__", "__doc__")}
     # TorchScript reads the annotations of the first class in the MRO that has any
     namespace["__annotations__"] = next(filter(None, map(inspect.get_annotations, base.__mro__)), {})
-    namespace |= {"_normed_base": base, "_normed": recipes, "_normed_by_label": by_label}
+    namespace |= {"_normed_base": base, "_normed": recipes, "_normed_straight": straight, "_normed_by_label": by_label}
     ignored = [*getattr(base, "__jit_ignored_attributes__", []), "_normed_store"]
     namespace["__jit_ignored_attributes__"] = ignored  # TorchScript would try, long and in vain, to compile it
-    namespace |= {recipe.name: Derived(recipe) for recipe in recipes}
+    namespace |= {one.name: Derived(one.recipe, one.read) for one in straight}
     namespace |= torchscript.methods(base, recipes, recompute, _run_inlined)
     if issubclass(base, nn.RNNBase):
         namespace["_flat_weights"] = FlatWeights()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import middle_dim
-from .torchscript import is_scripting, is_tracing, shape_of
+from .torchscript import is_scripting, is_traced, is_tracing, shape_of
 
 
 def norm_except_dim(v: Tensor, pow: Union[int, float] = 2, dim: Optional[int] = 0) -> Tensor:
@@ -53,6 +53,9 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     >>> weight_norm(v, g)
     tensor([[6., 8.]])
     """
+    if not is_scripting():  # decided first, since a small layer feels the rest  # noqa: SIM102
+        if _is_for_kernel(v, g, dim, eps):
+            return torch._weight_norm(v, g, dim)  # type: ignore[arg-type]
     _check_magnitude(v, g, dim)
     if eps > 0.0:
         # in half precision eps may be 0, and the norm infinite
@@ -76,6 +79,20 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     if dim is None or dim == -1:
         return _in_layout_of(v, torch._weight_norm(v, g, -1))
     return _in_layout_of(v, torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim))
+
+
+def _is_for_kernel(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> bool:
+    """Whether it is the ordinary case: single precision, the first or the last dim, and nobody who records shapes."""
+    if eps != 0.0 or dim is None or type(v) not in _PLAIN or v.dtype is not torch.float32 or is_traced():
+        return False
+    of_v, of_g = v.shape, g.shape
+    ndim, length = len(of_v), g.numel()
+    if length == 0 or len(of_g) != ndim or (dim != 0 and dim != ndim - 1):
+        return False
+    return of_g[dim] == length and of_v[dim] == length and v.is_contiguous() and 0 not in of_v
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _check_magnitude(v: Tensor, g: Tensor, dim: Optional[int]) -> None:

@@ -87,7 +87,8 @@ def recompute_all(model: nn.Module) -> None:
     """
     _check("recompute_all", model)
     for module in model.modules():
-        carrier.recompute_recipes(module, carrier.recipes_of(module))
+        for straight in getattr(module, "_normed_straight", ()):
+            straight.recompute(module)
 
 
 @contextlib.contextmanager

@@ -162,8 +162,11 @@ class Recipe:
         try:
             return self.formula(**(self.own(module) or self.read(module)), **self.formula_options)
         except ValueError as error:
-            where = f"{self.name!r} of this {type(module).__name__}"
-            raise ValueError(f"{self.norm!r} cannot compute {where}: {error}") from error
+            raise self.refusal(module, error) from error
+
+    def refusal(self, module: nn.Module, error: ValueError) -> ValueError:
+        """What the formula says of the parts, and whose they are."""
+        return ValueError(f"{self.norm!r} cannot compute {self.name!r} of this {type(module).__name__}: {error}")
 
 
 def _exact(value: Any) -> Any:

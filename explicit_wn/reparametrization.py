@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from . import carrier, settings, torchscript
 from .interface import WhatApplyReturns
 from .recipe import Recipe, recipe_for
+from .straight import Straight
 from .torchscript import is_scripted, is_scripting
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -150,7 +151,8 @@ class Reparametrization(nn.Module):
         if is_scripting():
             module._recompute_normed(self.label)  # type: ignore[operator]
         else:
-            carrier.recompute_recipes(module, self._normed_in(module))
+            for straight in self._normed_in(module):
+                straight.recompute(module)
 
     def call(self, module: Module) -> Module:
         """`recompute`, returning the module. `wn(module)` is the same."""
@@ -409,13 +411,17 @@ class Reparametrization(nn.Module):
         if reason:
             raise self._refusal(module, recipe.name, reason, verb=verb)
 
-    def _normed_in(self, module: Any) -> list[Recipe]:
+    def _normed_in(self, module: Any) -> list[Straight]:
         """What a recompute of this object means in `module`."""
-        by_label: dict[str, list[Recipe]] = getattr(type(module), "_normed_by_label", {})
-        if self.label not in by_label:
-            self._check_module(module, self.name, "recompute")
-            raise self._not_normed(module, None, "recompute")
-        return by_label[self.label]
+        try:
+            found: list[Straight] = type(module)._normed_by_label[
+                self.kind + " " + self.name
+            ]  # `label`, as written there
+            return found
+        except (AttributeError, KeyError):
+            pass
+        self._check_module(module, self.name, "recompute")
+        raise self._not_normed(module, None, "recompute")
 
     def _not_normed(self, module: nn.Module, name: str | None, verb: str) -> Exception:
         by = ", ".join(repr(recipe.norm) for recipe in carrier.recipes_of(module)) or "no norm"
@@ -430,8 +436,8 @@ class Reparametrization(nn.Module):
 
     def _own(self, module: nn.Module, name: str | None) -> list[Recipe]:
         """What this object does in `module`, if anything: to `name`, or to all that it was applied to."""
-        by_label = getattr(type(module), "_normed_by_label", {})
-        found = [r for r in by_label.get(self.label, ()) if name is None or r.name == name]
+        ours = [recipe for recipe in carrier.recipes_of(module) if self.label in recipe.labels]
+        found = [recipe for recipe in ours if name is None or recipe.name == name]
         if not found and name is not None:
             found = [r for r in carrier.recipes_of(module) if r.name == name and r.norm_class is type(self)]
         return found

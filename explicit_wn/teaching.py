@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -242,8 +243,14 @@ def _on_read(module: nn.Module, recipe: Recipe) -> None:
 
 def _is_torchscript_looking() -> bool:
     """Whether torch.jit reads, which looks at every attribute of a module before it traces its forward."""
-    reader = sys._getframe(3).f_globals.get("__name__", "")  # above this function, _on_read and the descriptor
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS, "<explicit_wn")):
+        frame = frame.f_back
+    reader = frame.f_globals.get("__name__", "")
     return is_tracing() or reader.startswith(("torch.jit", "torch._jit"))
+
+
+_OURS = str(Path(__file__).parent)
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

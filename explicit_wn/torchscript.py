@@ -6,15 +6,10 @@ a *module interface*. So every class that `carrier.py` makes gets methods whose 
 A torch that has dropped TorchScript does without all this: then `script` says so, and everything else works.
 """
 
-import __future__
-
 import ast
 import contextlib
 import inspect
-import linecache
-import math
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from textwrap import dedent, indent
 from types import FunctionType
@@ -23,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .source import define, literal
 
 _jit: Any = getattr(torch, "jit", None)
 _USED = ("Attribute", "annotations", "export", "freeze", "interface", "script")
@@ -38,6 +35,8 @@ def _never() -> bool:
 
 is_scripting: Callable[[], bool] = getattr(_jit, "is_scripting", _never)
 is_tracing: Callable[[], bool] = getattr(_jit, "is_tracing", _never)
+is_traced: Callable[[], bool] = getattr(torch._C, "_is_tracing", _never)
+"""The same without its detour, where a small layer feels it; TorchScript does not compile it."""
 
 
 def is_scripted(module: Any) -> bool:
@@ -128,7 +127,7 @@ def methods(
     made: dict[str, Any] = {}
     is_rnn, inlined = issubclass(base, nn.RNNBase), any(recipe.inlined for recipe in recipes)
     made["_recompute_normed"] = Exported(
-        _define(_recompute_source(recipes, scope, is_rnn), "_recompute_normed", base, scope)
+        define(_recompute_source(recipes, scope, is_rnn), "_recompute_normed", base, scope)
     )
     if is_rnn:  # the first thing that the forward of an RNN calls; that forward itself is overloaded and stays as it is
         scripted = _RECOMPUTE_INLINED if inlined else _RECOMPUTE_IF_NEVER_TOLD
@@ -136,7 +135,7 @@ def methods(
         if inlined:
             before += 'else:\n    recompute(self, "inlined")\n'
         source = "def _update_flat_weights(self) -> None:\n" + indent(before, "    ")
-        made["_update_flat_weights"] = _define(source, "_update_flat_weights", base, scope)
+        made["_update_flat_weights"] = define(source, "_update_flat_weights", base, scope)
     elif inlined and base.forward is not nn.Module.forward:
         made["_forward_of_base"] = _renamed(base.forward, "_forward_of_base")
         made["forward"] = _wrapped_forward(base, _RECOMPUTE_INLINED, run_inlined)
@@ -208,7 +207,7 @@ def _statements(
         name = f"{own}_{index}"
         scope[name] = function
         parts = [f"{part}=self.{recipe.attribute(part)}" for part in recipe.parts]
-        options = [f"{option}={_literal(value)}" for option, value in recipe.options_of(function).items()]
+        options = [f"{option}={literal(value)}" for option, value in recipe.options_of(function).items()]
         return f"{name}({', '.join(parts + options)})"
 
     if recipe.advance is not None and advance:
@@ -217,11 +216,6 @@ def _statements(
     yield f"self.{recipe.name} = {call(recipe.formula)}"
     if is_rnn:
         yield f"self._flat_weights[self._flat_weights_names.index({recipe.name!r})] = self.{recipe.name}"
-
-
-def _literal(value: Any) -> str:
-    """A setting as source."""
-    return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 
 def _wrapped_forward(base: type[nn.Module], before: str, eager: Any) -> Any:
@@ -235,7 +229,7 @@ def _wrapped_forward(base: type[nn.Module], before: str, eager: Any) -> Any:
     lines = [*([comment] if comment else []), before.replace("self.", f"{own}.")]
     lines.append(f"return {own}._forward_of_base({arguments})")
     source = f"def forward({parameters}){returns}:\n" + indent("\n".join(lines), "    ") + "\n"
-    written: Any = _define(source, "forward", base, _names_of(inner))
+    written: Any = define(source, "forward", base, _names_of(inner))
     if parameters == _ANYTHING:
         written.__signature__ = inspect.signature(forward)
     else:
@@ -277,7 +271,7 @@ def _renamed(function: Any, name: str) -> Any:
         # TorchScript unwraps a decorated function; let it find the names that one uses
         scope = {**_names_of(inspect.unwrap(function)), "_decorated": function}
         source = f"def {name}({_ANYTHING}):\n    return _decorated(self, *args, **kwargs)\n"
-        outer: Any = _define(source, name, object, scope)
+        outer: Any = define(source, name, object, scope)
         outer.__wrapped__ = inspect.unwrap(function)
         return outer
     arguments = function.__globals__, name, function.__defaults__, function.__closure__
@@ -316,12 +310,3 @@ def _signature(forward: Any) -> tuple[str, str, str, str, str | None]:
 
 def _arguments(names: ast.arguments) -> list[ast.arg]:
     return names.posonlyargs + names.args
-
-
-def _define(source: str, name: str, base: type, scope: dict[str, Any]) -> FunctionType:
-    """Runs the source of one function, known to tracebacks, debuggers and TorchScript through `linecache`."""
-    filename = f"<explicit_wn {name} of {base.__module__}.{base.__qualname__} {zlib.crc32(source.encode()):08x}>"
-    linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
-    exec(compile(source, filename, "exec", __future__.annotations.compiler_flag), scope)
-    function: FunctionType = scope[name]
-    return function

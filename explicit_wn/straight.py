@@ -1,0 +1,151 @@
+"""The ordinary case of computing and reading a weight, written out as source for each class that carries one.
+
+`carrier.py` defines what is right in every case, in functions that can be read. A small layer feels each of them, so
+here is what they do where nothing unusual is going on: the parts are the module's own, no graph is captured, no
+transform runs, no block holds the weights. Whatever is not so goes back to them at the first line.
+"""
+
+from collections.abc import Callable
+from textwrap import indent
+from threading import get_ident
+from typing import Any
+
+import attrs
+from torch import Tensor, nn
+
+from . import capture
+from .recipe import Recipe
+from .source import define, literal
+
+RECOMPUTE = """
+def recompute(module):
+    if not is_ordinary():
+        return carefully.recompute_recipe(module, recipe)
+    {find_parts}
+    if {parts_are_unusual} or store.blocks or store.running:
+        return carefully.recompute_recipe(module, recipe)
+    {advance}
+    store.pop({name!r}, None)  # freed before its successor is allocated: the same memory is used again
+    try:
+        value = formula({arguments})
+    except ValueError as error:
+        raise recipe.refusal(module, error) from error
+    try:
+        versions = ({versions},)
+    except RuntimeError:  # of what inference mode made
+        versions = carefully.versions(({parts},))
+    store[{name!r}] = Stored(value, ({parts},), versions, get_ident())
+"""
+
+COMPUTE = """
+def compute(module):
+    if not is_ordinary():
+        return carefully.advance_and_compute(module, recipe)
+    {find_parts}
+    if {parts_are_unusual}:
+        return carefully.advance_and_compute(module, recipe)
+    {advance}
+    try:
+        return formula({arguments})
+    except ValueError as error:
+        raise recipe.refusal(module, error) from error
+"""
+
+READ = """
+def read(module):
+    if capturing() or carefully.on_read is not None:
+        return carefully.read(module, recipe)
+    store = module._normed_store
+    stored = store.get({name!r})
+    if stored is not None:
+        {parts}, = stored.sources
+        if {parts_are_the_same} and stored.thread == get_ident():
+            return stored.value
+    return carefully.read(module, recipe)
+"""
+
+READ_INLINED = """
+def read(module):
+    if capturing() or carefully.on_read is not None:
+        return carefully.read(module, recipe)
+    running = module._normed_store.running
+    if running:
+        value = running.get((get_ident(), {name!r}))
+        if value is not None:
+            return value
+    return carefully.read(module, recipe)
+"""
+
+
+@attrs.frozen(eq=False)
+class Straight:
+    """What one recipe is in one class."""
+
+    recipe: Recipe
+    name: str
+    """The weight's, again: one look-up less."""
+    recompute: Callable[[nn.Module], None]
+    """Computes the weight and stores it."""
+    compute: Callable[[nn.Module], Tensor]
+    """Computes the weight as a recompute does, and stores nothing."""
+    read: Callable[[nn.Module], Any]
+    """The weight, as a read of the attribute gives it."""
+
+
+def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
+    """The functions for a class that carries `recipe`; `carefully` has those for what is not ordinary."""
+    buffers = recipe.norm.buffer_parts
+    own = [(f"part_{i}", a, p in buffers) for i, (p, a) in enumerate(zip(recipe.parts, recipe.attributes, strict=True))]
+    names = [name for name, *_ in own]
+    given = [f"{part}={name}" for part, name in zip(recipe.parts, names, strict=True)]
+    text = {
+        "name": recipe.name,
+        "parts": ", ".join(names),
+        "find_parts": "\n".join(
+            [
+                "store, parameters, buffers = module._normed_store, module._parameters, module._buffers",
+                *(f"{name} = {'buffers' if buffer else 'parameters'}.get({a!r})" for name, a, buffer in own),
+            ]
+        ),
+        "parts_are_unusual": " or ".join(f"type({n}) is not {'Tensor' if b else 'Parameter'}" for n, _, b in own),
+        "parts_are_the_same": " and ".join(
+            f"module.{'_buffers' if buffer else '_parameters'}.get({a!r}) is {name}" for name, a, buffer in own
+        ),
+        "versions": ", ".join(f"{name}._version" for name in names),
+        "advance": "",
+        "arguments": ", ".join(given + _options(recipe.formula_options)),
+    }
+    if recipe.advance is not None:
+        arguments = ", ".join(given + _options(recipe.advance_options))
+        text["advance"] = f"if module.training:\n    advance({arguments})"
+    scope: dict[str, Any] = {
+        "recipe": recipe,
+        "carefully": carefully,
+        "formula": recipe.formula,
+        "advance": recipe.advance,
+        "Stored": carefully.Stored,
+        "Parameter": nn.Parameter,
+        "Tensor": Tensor,
+        "capturing": capture.capturing,
+        "is_ordinary": capture.is_ordinary,
+        "get_ident": get_ident,
+    }
+
+    def made(template: str, name: str) -> Any:
+        return define(_fill(template, text), name, base, dict(scope))
+
+    read = READ_INLINED if recipe.inlined else READ
+    return Straight(recipe, recipe.name, made(RECOMPUTE, "recompute"), made(COMPUTE, "compute"), made(read, "read"))
+
+
+def _options(options: dict[str, Any]) -> list[str]:
+    return [f"{name}={literal(value)}" for name, value in options.items()]
+
+
+def _fill(template: str, text: dict[str, str]) -> str:
+    """`template` with its fields filled in; what is of several lines is indented as the field is."""
+    lines = []
+    for line in template.strip().split("\n"):
+        filled = line.strip().format(**text)
+        lines.append(indent(filled, line[: len(line) - len(line.lstrip())]))
+    return "\n".join(line for line in lines if line.strip()) + "\n"
