@@ -58,7 +58,7 @@ def read(module):
     store = module._normed_store
     stored = store.get({name!r})
     if stored is not None:
-        {parts}, = stored.sources
+        sources = stored.sources
         if {parts_are_the_same} and stored.thread == get_ident():
             return stored.value
     return carefully.read(module, recipe)
@@ -109,7 +109,8 @@ def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
         ),
         "parts_are_unusual": " or ".join(f"type({n}) is not {'Tensor' if b else 'Parameter'}" for n, _, b in own),
         "parts_are_the_same": " and ".join(
-            f"module.{'_buffers' if buffer else '_parameters'}.get({a!r}) is {name}" for name, a, buffer in own
+            f"module.{'_buffers' if buffer else '_parameters'}.get({a!r}) is sources[{i}]"
+            for i, (_, a, buffer) in enumerate(own)
         ),
         "versions": ", ".join(f"{name}._version" for name in names),
         "advance": "",

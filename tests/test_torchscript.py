@@ -610,11 +610,12 @@ except RuntimeError as error:
 """
 
 
-def test_the_lite_interpreter_wants_our_script() -> None:
+def test_the_lite_interpreter_wants_our_script(tmp_path: Path) -> None:
     """In a process of its own: after many another script, torch's `_save_to_buffer_for_lite_interpreter` may fail."""
+    (tmp_path / "mobile.py").write_text(MOBILE)
 
     def printed(by: str) -> str:
-        return subprocess.check_output([sys.executable, "-c", MOBILE, by], text=True)
+        return subprocess.check_output([sys.executable, "-W", "ignore", tmp_path / "mobile.py", by], text=True)
 
     assert printed("ours") == "True\n"
     assert "Couldn't find method: '_recompute_normed'" in printed("torch's")  # a pin, as above
