@@ -129,18 +129,22 @@ class Operator:
     backend is an error, where otherwise Dynamo breaks the graph.
     """
 
-    def __init__(self, formula: Formula, parts: tuple[str, ...], options: dict[str, Any]) -> None:
-        self.formula, self.parts, self.options = formula, parts, options
+    def __init__(
+        self, formula: Formula, parts: tuple[str, ...], options: dict[str, Any], changing: tuple[str, ...]
+    ) -> None:
+        self.formula, self.parts, self.options = once(formula, changing), parts, options
+        self.changing = changing
         self.library: torch.library.Library | None = None
         self.call: Any = None
 
     def register(self) -> None:
         """Makes `call`, once: in a program that never compiles, nobody needs it."""
         if self.library is None:
-            name = f"weight_{_fingerprint(self.formula, self.options)}"
+            name = f"weight_{_fingerprint(self.formula, self.parts, self.options, self.changing)}"
             self.library = torch.library.Library("explicit_wn", "FRAGMENT")  # type: ignore[no-untyped-call]
             self.library.define(f"{name}({', '.join(f'Tensor {part}' for part in self.parts)}) -> Tensor")  # type: ignore[no-untyped-call]
-            self.library.impl(name, self._run, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+            for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):  # the second is vmap's
+                self.library.impl(name, self._run, key)  # type: ignore[no-untyped-call]
             self.call = getattr(torch.ops.explicit_wn, name).default
 
     def _run(self, *values: Tensor) -> Tensor:
@@ -150,22 +154,27 @@ class Operator:
 _operators: "weakref.WeakValueDictionary[Any, Operator]" = weakref.WeakValueDictionary()
 
 
-def operator(formula: Formula, parts: tuple[str, ...], options: dict[str, Any]) -> Operator:
-    """The operator that is `formula` with these options; the same one for all recipes that need it."""
-    key = formula, parts, repr(options)
+def operator(
+    formula: Formula, parts: tuple[str, ...], options: dict[str, Any], changing: tuple[str, ...] = ()
+) -> Operator:
+    """The operator that is `formula` with these options; the same one for all recipes that need it.
+
+    `changing` are the parts that a recompute changes in place before.
+    """
+    key = formula, parts, repr(options), changing
     known = _operators.get(key)
     if known is None:
-        known = _operators[key] = Operator(formula, parts, options)
+        known = _operators[key] = Operator(formula, parts, options, changing)
     return known
 
 
-def _fingerprint(formula: Formula, options: dict[str, Any]) -> str:
+def _fingerprint(formula: Formula, *more: Any) -> str:
     """A name for what the formula computes: torch keeps compiled graphs on disk by the names of the operators in them.
 
     What is not of this package may be another formula in the next process, and has another name there.
     """
     code = _own_code() if formula.__module__.startswith(f"{__package__}.") else uuid.uuid4().hex
-    return hashlib.sha256(f"{code} {formula.__qualname__} {options}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{code} {formula.__module__} {formula.__qualname__} {more}".encode()).hexdigest()[:16]
 
 
 @functools.cache

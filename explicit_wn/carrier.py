@@ -228,7 +228,7 @@ def read(module: nn.Module, recipe: Recipe) -> Tensor:
             if not torch.compiler.is_exporting():  # whose graph is to hold no operator of ours
                 value: Tensor = recipe.operator.call(*recipe.read(module).values())
                 return value
-        return recipe.formula_once(**recipe.read(module), **recipe.formula_options)
+        return recipe.operator.formula(**recipe.read(module), **recipe.formula_options)
     if on_read is not None:
         on_read(module, recipe)
     store = store_of(module)

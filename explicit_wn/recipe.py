@@ -47,10 +47,8 @@ class Recipe:
     """The attributes of the module that hold the parts."""
     formula: Callable[..., Tensor] = _derived()
     """The weight from its parts and options."""
-    formula_once: Callable[..., Tensor] = _derived()
-    """The formula for a captured graph."""
     operator: capture.Operator = _derived()
-    """The same for a graph that `torch.compile` captures."""
+    """The formula for a captured graph."""
     formula_options: dict[str, Any] = _derived()
     """The settings that the formula takes."""
     advance: Callable[..., None] | None = _derived()
@@ -73,8 +71,7 @@ class Recipe:
         known = {*self.parts, *settings}
         if advance is not None and not known.issuperset(inspect.signature(advance).parameters):
             advance = None
-        formula_once = capture.once(formula, () if advance is None else self.norm_class.buffer_parts)
-        options = self.options_of(formula)
+        options, changing = self.options_of(formula), () if advance is None else self.norm_class.buffer_parts
         labels = [f"{kind} {self.owner}", f"{kind} {name}", *([INLINED] if self.inlined else [])]
         derived = {
             "norm": self.norm_class(**settings),
@@ -82,8 +79,7 @@ class Recipe:
             "labels": tuple(dict.fromkeys(labels)),
             "attributes": tuple(f"{name}_{part}" for part in self.parts),
             "formula": formula,
-            "formula_once": formula_once,
-            "operator": capture.operator(formula_once, self.parts, options),
+            "operator": capture.operator(formula, self.parts, options, changing),
             "formula_options": options,
             "advance": advance,
             "advance_options": {} if advance is None else self.options_of(advance),

@@ -295,7 +295,7 @@ def test_a_formula_that_may_be_another_one_tomorrow_has_another_name_then() -> N
         print(capture._fingerprint(functional.weight_norm, {"dim": 1, "eps": 0.0}))
         print(capture._fingerprint(functional.spectral_norm, {"dim": 0, "eps": 0.0}))
         def formula(v): return v
-        print(capture._fingerprint(formula, {}))
+        print(capture._fingerprint(formula))
     """
     first, second = (subprocess.check_output([sys.executable, "-c", program], text=True).split() for _ in range(2))
     assert first[:3] == second[:3]
