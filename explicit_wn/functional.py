@@ -127,9 +127,12 @@ def _is_empty_or_double(v: Tensor) -> bool:
 
 
 def _is_for_middle_dim(v: Tensor, dim: int) -> bool:
-    """Whether `dim` is neither the first nor the last, and `v` is large enough to gain by that."""
+    """Whether `dim` is neither the first nor the last, and `v` is large enough to gain by that, or a compiler's affair."""
     if not isinstance(v, Tensor) or is_tracing() or dim >= v.dim() - 1:
         return False
+    if not is_scripting():  # noqa: SIM102 - TorchScript leaves out a branch, and no half of a condition
+        if torch.compiler.is_compiling():
+            return v.numel() > 0
     return v.element_size() > 2 and v.is_contiguous() and v.numel() >= 4096
 
 

@@ -78,8 +78,9 @@ class _WeightNorm(torch.autograd.Function):
 
 def weight_norm_in_eager_mode(v: Tensor, g: Tensor, dim: int) -> Tensor:
     """The fastest of them for whoever asks."""
-    if capture.capturing():
-        return torch._weight_norm(v, g, dim)  # which a compiler takes to pieces
+    if capture.capturing():  # torch's kernel is taken to pieces badly there, of which compilers make twice the work
+        others = [other for other in range(v.dim()) if other != dim]
+        return v * (g / torch.linalg.vector_norm(v, 2, others, keepdim=True))
     if capture.is_transformed():
         return weight_norm(v, g, dim)
     result: Tensor = _WeightNorm.apply(v, g, dim)  # type: ignore[no-untyped-call]
