@@ -29,7 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from . import capture, torchscript
 from .recipe import INLINED, Recipe
-from .straight import Straight
+from .straight import Straight, recompute_of
 from .straight import straight as write_straight
 
 
@@ -140,8 +140,7 @@ def _refuse_sharded(module: nn.Module, recipe: Recipe) -> None:
 def recompute(module: nn.Module, label: str) -> None:
     """Computes and stores every weight of `module` that bears `label`; within a captured graph, stores nothing."""
     if capture.capturing() or get_ident() not in store_of(module).copying:
-        for straight in type(module)._normed_by_label[label]:  # type: ignore[attr-defined]
-            straight.recompute(module)
+        type(module)._normed_recompute[label](module)  # type: ignore[attr-defined]
 
 
 def recompute_recipe(module: nn.Module, recipe: Recipe) -> None:
@@ -294,7 +293,7 @@ class Carrier(nn.Module):
 
     _normed: tuple[Recipe, ...] = ()
     _normed_straight: list[Straight] = []
-    _normed_by_label: dict[str, list[Straight]] = {}
+    _normed_recompute: dict[str, Callable[[nn.Module], None]] = {}
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
@@ -372,7 +371,7 @@ def _run_inlined(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
     if capture.capturing():
         recompute(self, INLINED)
         return self._forward_of_base(*arguments, **keywords)
-    inlined, store, thread = self._normed_by_label[INLINED], store_of(self), get_ident()
+    inlined, store, thread = self._normed_inlined, store_of(self), get_ident()
     if store.blocks and _is_held(self, inlined[0].recipe):
         return self._forward_of_base(*arguments, **keywords)
     try:
@@ -446,14 +445,12 @@ def carrier_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn
 
 def _make_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.Module]:
     straight = [write_straight(recipe, base, sys.modules[__name__]) for recipe in recipes]
-    by_label: dict[str, list[Straight]] = {}
-    for one in straight:
-        for label in one.recipe.labels:
-            by_label.setdefault(label, []).append(one)
     namespace: dict[str, Any] = {name: getattr(base, name, None) for name in ("__module__", "__qualname__", "__doc__")}
     # TorchScript reads the annotations of the first class in the MRO that has any
     namespace["__annotations__"] = next(filter(None, map(inspect.get_annotations, base.__mro__)), {})
-    namespace |= {"_normed_base": base, "_normed": recipes, "_normed_straight": straight, "_normed_by_label": by_label}
+    namespace |= {"_normed_base": base, "_normed": recipes, "_normed_straight": straight}
+    namespace["_normed_inlined"] = [one for one in straight if one.recipe.inlined]
+    namespace["_normed_recompute"] = {label: recompute_of(straight, label) for one in recipes for label in one.labels}
     ignored = [*getattr(base, "__jit_ignored_attributes__", []), "_normed_store"]
     namespace["__jit_ignored_attributes__"] = ignored  # TorchScript would try, long and in vain, to compile it
     namespace |= {one.name: Derived(one.recipe, one.read) for one in straight}

@@ -53,9 +53,10 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     >>> weight_norm(v, g)
     tensor([[6., 8.]])
     """
-    if not is_scripting():  # decided first, since a small layer feels the rest  # noqa: SIM102
-        if _is_for_kernel(v, g, dim, eps):
-            return torch._weight_norm(v, g, dim)  # type: ignore[arg-type]
+    if not is_scripting():
+        weight = None if torch.compiler.is_compiling() else weight_norm_by_kernel(v, g, dim, eps)
+        if weight is not None:
+            return weight
     _check_magnitude(v, g, dim)
     if eps > 0.0:
         # in half precision eps may be 0, and the norm infinite
@@ -81,18 +82,20 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     return _in_layout_of(v, torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim))
 
 
-def _is_for_kernel(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> bool:
-    """Whether it is the ordinary case: single precision, the first or the last dim, and nobody who records shapes."""
-    if eps != 0.0 or dim is None or type(v) not in _PLAIN or v.dtype is not torch.float32 or is_traced():
-        return False
+def weight_norm_by_kernel(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Optional[Tensor]:
+    """`weight_norm` in the ordinary case, which a small layer does not feel; None in any other.
+
+    That is single precision, the first or the last dim, and nobody who records shapes.
+    """
+    if eps != 0.0 or dim is None or v.dtype is not torch.float32 or is_traced():
+        return None
     of_v, of_g = v.shape, g.shape
     ndim, length = len(of_v), g.numel()
-    if length == 0 or len(of_g) != ndim or (dim != 0 and dim != ndim - 1):
-        return False
-    return of_g[dim] == length and of_v[dim] == length and v.is_contiguous() and 0 not in of_v
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    if (dim != 0 and dim != ndim - 1) or length == 0 or len(of_g) != ndim or of_g[dim] != length:
+        return None
+    if of_v[dim] != length or 0 in of_v or (ndim >= 4 and not v.is_contiguous()):
+        return None
+    return torch._weight_norm(v, g, dim)
 
 
 def _check_magnitude(v: Tensor, g: Tensor, dim: Optional[int]) -> None:
@@ -127,7 +130,7 @@ def _is_empty_or_double(v: Tensor) -> bool:
 
 
 def _is_for_middle_dim(v: Tensor, dim: int) -> bool:
-    """Whether `dim` is neither the first nor the last, and `v` is large enough to gain by that, or a compiler's affair."""
+    """Whether `dim` is neither the first nor the last, and `v` is a compiler's, or large enough to gain by it."""
     if not isinstance(v, Tensor) or is_tracing() or dim >= v.dim() - 1:
         return False
     if not is_scripting():  # noqa: SIM102 - TorchScript leaves out a branch, and no half of a condition

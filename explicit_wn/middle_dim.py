@@ -80,7 +80,8 @@ def weight_norm_in_eager_mode(v: Tensor, g: Tensor, dim: int) -> Tensor:
     """The fastest of them for whoever asks."""
     if capture.capturing():  # torch's kernel is taken to pieces badly there, of which compilers make twice the work
         others = [other for other in range(v.dim()) if other != dim]
-        return v * (g / torch.linalg.vector_norm(v, 2, others, keepdim=True))
+        norm: Tensor = torch.linalg.vector_norm(v, 2, others, keepdim=True)
+        return v * (g / norm)
     if capture.is_transformed():
         return weight_norm(v, g, dim)
     result: Tensor = _WeightNorm.apply(v, g, dim)  # type: ignore[no-untyped-call]

@@ -15,7 +15,6 @@ from torch.nn.utils import parametrize
 from . import carrier, settings, torchscript
 from .interface import WhatApplyReturns
 from .recipe import Recipe, recipe_for
-from .straight import Straight
 from .torchscript import is_scripted, is_scripting
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -34,6 +33,7 @@ class Reparametrization(nn.Module):
     - `split`: the parts from a weight, by the formula's names for them;
     - `buffer_parts`: which of them are buffers; the others are parameters;
     - `advance`, if recomputing in training mode changes the parts first: a function like `formula`, in place;
+    - `quick`, if there is a faster way to the same in the ordinary case: like `formula`; None where it is not ordinary;
     - `steps`, if the computation is worth showing: a function like `formula` that yields its steps;
     - `objection`, if there are weights that it refuses; `explicit_wn.settings` has validators for the settings;
     - `default_dim`, which `dim=None` stands for: None itself if the formula takes that for the whole tensor;
@@ -62,6 +62,7 @@ class Reparametrization(nn.Module):
     name: str
     formula: ClassVar[Callable[..., Tensor]]
     advance: ClassVar[Callable[..., None] | None] = None
+    quick: ClassVar[Callable[..., Tensor | None] | None] = None
     steps: ClassVar[Callable[..., Iterable[tuple[str, str, str, Tensor]]] | None] = None
     buffer_parts: ClassVar[tuple[str, ...]] = ()
     spellings: ClassVar[dict[str, str]] = {}
@@ -151,8 +152,7 @@ class Reparametrization(nn.Module):
         if is_scripting():
             module._recompute_normed(self.label)  # type: ignore[operator]
         else:
-            for straight in self._normed_in(module):
-                straight.recompute(module)
+            self._recompute_in(module)(module)
 
     def call(self, module: Module) -> Module:
         """`recompute`, returning the module. `wn(module)` is the same."""
@@ -411,12 +411,10 @@ class Reparametrization(nn.Module):
         if reason:
             raise self._refusal(module, recipe.name, reason, verb=verb)
 
-    def _normed_in(self, module: Any) -> list[Straight]:
-        """What a recompute of this object means in `module`."""
+    def _recompute_in(self, module: Any) -> Callable[[nn.Module], None]:
+        """What a recompute of this object is in `module`."""
         try:
-            found: list[Straight] = type(module)._normed_by_label[
-                self.kind + " " + self.name
-            ]  # `label`, as written there
+            found: Callable[[nn.Module], None] = type(module)._normed_recompute[self.kind + " " + self.name]
             return found
         except (AttributeError, KeyError):
             pass

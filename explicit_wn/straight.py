@@ -5,6 +5,7 @@ here is what they do where nothing unusual is going on: the parts are the module
 transform runs, no block holds the weights. Whatever is not so goes back to them at the first line.
 """
 
+import inspect
 from collections.abc import Callable
 from textwrap import indent
 from threading import get_ident
@@ -27,7 +28,7 @@ def recompute(module):
     {advance}
     store.pop({name!r}, None)  # freed before its successor is allocated: the same memory is used again
     try:
-        value = formula({arguments})
+        value = {value}
     except ValueError as error:
         raise recipe.refusal(module, error) from error
     try:
@@ -46,9 +47,10 @@ def compute(module):
         return carefully.advance_and_compute(module, recipe)
     {advance}
     try:
-        return formula({arguments})
+        value = {value}
     except ValueError as error:
         raise recipe.refusal(module, error) from error
+    return value
 """
 
 READ = """
@@ -114,8 +116,13 @@ def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
         ),
         "versions": ", ".join(f"{name}._version" for name in names),
         "advance": "",
-        "arguments": ", ".join(given + _options(recipe.formula_options)),
+        "value": f"formula({', '.join(given + _options(recipe.formula_options))})",
     }
+    quick = recipe.norm.quick
+    if quick is not None:
+        own_names = dict(zip(recipe.parts, names, strict=True)) | {k: literal(v) for k, v in recipe.settings}
+        arguments = ", ".join(own_names[parameter] for parameter in inspect.signature(quick).parameters)
+        text["value"] = f"quick({arguments})\nif value is None:\n    value = {text['value']}"
     if recipe.advance is not None:
         arguments = ", ".join(given + _options(recipe.advance_options))
         text["advance"] = f"if module.training:\n    advance({arguments})"
@@ -123,6 +130,7 @@ def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
         "recipe": recipe,
         "carefully": carefully,
         "formula": recipe.formula,
+        "quick": quick,
         "advance": recipe.advance,
         "Stored": carefully.Stored,
         "Parameter": nn.Parameter,
@@ -137,6 +145,17 @@ def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
 
     read = READ_INLINED if recipe.inlined else READ
     return Straight(recipe, recipe.name, made(RECOMPUTE, "recompute"), made(COMPUTE, "compute"), made(read, "read"))
+
+
+def recompute_of(straight: list[Straight], label: str) -> Callable[[nn.Module], None]:
+    """The function that recomputes all weights that bear `label`."""
+    bear = [one.recompute for one in straight if label in one.recipe.labels]
+
+    def recompute(module: nn.Module) -> None:
+        for one in bear:
+            one(module)
+
+    return bear[0] if len(bear) == 1 else recompute
 
 
 def _options(options: dict[str, Any]) -> list[str]:

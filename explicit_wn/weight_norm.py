@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import settings
-from .functional import norm_except_dim, weight_norm
+from .functional import norm_except_dim, weight_norm, weight_norm_by_kernel
 from .reparametrization import Reparametrization
 
 
@@ -60,6 +60,7 @@ class WeightNorm(Reparametrization):
     eps: float = attrs.field(default=0.0, validator=settings.eps)
 
     formula = staticmethod(weight_norm)
+    quick = staticmethod(weight_norm_by_kernel)
     steps = staticmethod(weight_norm_steps)
     spellings = {"g": "original0", "v": "original1"}
 

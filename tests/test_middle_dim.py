@@ -96,10 +96,12 @@ def ways() -> dict[str, Callable[..., Tensor]]:
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize("way", ways())
-def test_every_way_gives_the_same(way: str) -> None:
-    v, g = parts((16, 32, 9), 1)
-    torch.testing.assert_close(ways()[way](v, g, 1), expected(v, g, 1))
+def test_every_way_gives_the_same(way: str, dim: int, dtype: torch.dtype) -> None:
+    v, g = parts((16, 32, 9), dim, dtype)
+    torch.testing.assert_close(ways()[way](v, g, dim), expected(v, g, dim))
 
 
 @pytest.mark.parametrize("way", ["torch.jit.script", "torch.compile", "vmap", "channels last"])

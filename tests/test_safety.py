@@ -303,7 +303,7 @@ NO_IDENTIFIERS = [
 ]
 KEYWORDS = ["class", "None", "True", "lambda", "if", "async", "await", "global"]
 TAKEN = [
-    *("_normed", "_normed_store", "_normed_by_label", "_normed_base", "_normed_of_the_future"),
+    *("_normed", "_normed_store", "_normed_recompute", "_normed_base", "_normed_of_the_future"),
     *("_recompute_normed", "_forward_of_base", "_was_told_to_recompute"),
     *("__slots__", "__del__", "__len__", "__iter__", "__bool__", "__deepcopy__", "__wrapped__", "__foo", "__x__"),
     *("__jit_ignored_attributes__", "__constants__", "__prepare_scriptable__", "__torch_function__"),
