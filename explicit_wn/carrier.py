@@ -190,7 +190,7 @@ def _refuse_symbolic_trace(module: nn.Module, recipe: Recipe) -> None:
 
 def _is_held(module: nn.Module, recipe: Recipe) -> bool:
     """Whether a `cached` block keeps the weight; not from torch.jit.trace or torch.fx, which want to see all of it."""
-    if not store_of(module).held or torchscript.is_tracing():
+    if not store_of(module).held or torchscript.is_traced():
         return False
     return capture.is_getattr_torchs() or not isinstance(getattr(module, recipe.attributes[0]), torch.fx.Proxy)
 
@@ -371,9 +371,10 @@ def _run_inlined(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
     if capture.capturing():
         recompute(self, INLINED)
         return self._forward_of_base(*arguments, **keywords)
-    inlined, store, thread = self._normed_inlined, store_of(self), get_ident()
+    inlined, store = self._normed_inlined, self._normed_store
     if store.blocks and _is_held(self, inlined[0].recipe):
         return self._forward_of_base(*arguments, **keywords)
+    thread = get_ident()
     try:
         for straight in inlined:
             store.pop(straight.name, None)  # what a recompute from outside left

@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from . import capture
 from .recipe import Recipe
 from .source import define, literal
+from .torchscript import is_traced
 
 RECOMPUTE = """
 def recompute(module):
     if not is_ordinary():
         return carefully.recompute_recipe(module, recipe)
+    store = module._normed_store
+    if store.blocks and store.held and not is_traced():
+        return
     {find_parts}
     if {parts_are_unusual} or store.blocks or store.running:
         return carefully.recompute_recipe(module, recipe)
@@ -70,11 +74,17 @@ READ_INLINED = """
 def read(module):
     if capturing() or carefully.on_read is not None:
         return carefully.read(module, recipe)
-    running = module._normed_store.running
-    if running:
-        value = running.get((get_ident(), {name!r}))
+    store = module._normed_store
+    if store.running:
+        value = store.running.get((get_ident(), {name!r}))
         if value is not None:
             return value
+    elif store.blocks and store.held:
+        stored = store.get({name!r})
+        if stored is not None:
+            sources = stored.sources
+            if {parts_are_the_same}:
+                return stored.value
     return carefully.read(module, recipe)
 """
 
@@ -105,7 +115,7 @@ def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
         "parts": ", ".join(names),
         "find_parts": "\n".join(
             [
-                "store, parameters, buffers = module._normed_store, module._parameters, module._buffers",
+                "parameters, buffers = module._parameters, module._buffers",
                 *(f"{name} = {'buffers' if buffer else 'parameters'}.get({a!r})" for name, a, buffer in own),
             ]
         ),
@@ -137,6 +147,7 @@ def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
         "Tensor": Tensor,
         "capturing": capture.capturing,
         "is_ordinary": capture.is_ordinary,
+        "is_traced": is_traced,
         "get_ident": get_ident,
     }
 
