@@ -23,6 +23,9 @@ Self = TypeVar("Self", bound="Reparametrization")
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+_NONE: dict[str, Callable[[nn.Module], None]] = {}
+
+
 class Reparametrization(nn.Module):
     """An object that makes a weight out of parts, when it is called.
 
@@ -152,7 +155,8 @@ class Reparametrization(nn.Module):
         if is_scripting():
             module._recompute_normed(self.label)  # type: ignore[operator]
         else:
-            self._recompute_in(module)(module)
+            recomputes = getattr(type(module), "_normed_recompute", _NONE)
+            recomputes.get(self.kind + " " + self.name, self._cannot_recompute)(module)
 
     def call(self, module: Module) -> Module:
         """`recompute`, returning the module. `wn(module)` is the same."""
@@ -411,13 +415,7 @@ class Reparametrization(nn.Module):
         if reason:
             raise self._refusal(module, recipe.name, reason, verb=verb)
 
-    def _recompute_in(self, module: Any) -> Callable[[nn.Module], None]:
-        """What a recompute of this object is in `module`."""
-        try:
-            found: Callable[[nn.Module], None] = type(module)._normed_recompute[self.kind + " " + self.name]
-            return found
-        except (AttributeError, KeyError):
-            pass
+    def _cannot_recompute(self, module: Any) -> None:
         self._check_module(module, self.name, "recompute")
         raise self._not_normed(module, None, "recompute")
 
