@@ -14,22 +14,13 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from . import carrier, spellings, torchscript
+from .layers import LAYERS, qualified
 from .reparametrization import Folded, Reparametrization, replaced_forward
 from .spellings import Found
 from .table import Table, shape_shown
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[..., bool]
-
-_LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 
 
 def normed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Reparametrization]]:
@@ -42,7 +33,7 @@ def normed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Reparametrization
     """
     for path, module in model.named_modules():
         for recipe in carrier.recipes_of(module):
-            yield _join(path, recipe.name), module, recipe.norm
+            yield qualified(path, recipe.name), module, recipe.norm
 
 
 def apply_all(model: nn.Module, norm: Reparametrization, where: Where | None = None) -> list[str]:
@@ -72,7 +63,7 @@ def apply_all(model: nn.Module, norm: Reparametrization, where: Where | None = N
         for path, module in chosen.items():
             with _naming(path):
                 norm.inline(module)
-    return [_join(path, norm.name) for path in chosen]
+    return [qualified(path, norm.name) for path in chosen]
 
 
 def recompute_all(model: nn.Module) -> None:
@@ -168,7 +159,8 @@ def convert(model: nn.Module) -> list[str]:
 def _foreign(model: nn.Module) -> str:
     found = [(path, module, one) for path, module in model.named_modules() for one in spellings.find_foreign(module)]
     return "; ".join(
-        f"{_join(path, one.name)!r} of this {spellings.class_of(module).__name__} ({one.kind}, {', '.join(one.parts)})"
+        f"{qualified(path, one.name)!r} of this {spellings.class_of(module).__name__} "
+        f"({one.kind}, {', '.join(one.parts)})"
         for path, module, one in found
     )
 
@@ -183,12 +175,12 @@ def _make_ours(model: nn.Module) -> list[str]:
     with carrier.all_or_nothing(*(changed for module in by_module for changed in spellings.touched(module))):
         for module, of_module in by_module.items():
             spellings.become_ours(module, of_module)
-    return [_join(path, spelled.name) for path, _, spelled in found]
+    return [qualified(path, spelled.name) for path, _, spelled in found]
 
 
 def _cannot_convert(path: str, module: nn.Module, spelled: Found, objection: str | None) -> ValueError:
     kind = spellings.class_of(module).__name__
-    return ValueError(f"cannot convert {_join(path, spelled.name)!r} of this {kind}: {objection}.")
+    return ValueError(f"cannot convert {qualified(path, spelled.name)!r} of this {kind}: {objection}.")
 
 
 def fold(model: nn.Module) -> list[str]:
@@ -280,7 +272,7 @@ def report(model: nn.Module) -> Report:
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in parts and not isinstance(parameter, UninitializedParameter) and parameter.dim() > 1:
                 shape, size = tuple(parameter.shape), parameter.numel()
-                rows.append(Row(_join(path, name), "", "plain", "", shape, "", size, ""))
+                rows.append(Row(qualified(path, name), "", "plain", "", shape, "", size, ""))
     return Report(rows)
 
 
@@ -295,7 +287,7 @@ def _ours(module: nn.Module) -> Iterator[Found]:
 
 def _row(path: str, found: Found) -> Row:
     return Row(
-        name=_join(path, found.name),
+        name=qualified(path, found.name),
         norm=found.kind,
         spelling=found.spelling,
         dim=str(getattr(found.norm, "dim", "")),
@@ -320,15 +312,11 @@ def _check(verb: str, model: Any, norm: Any = None) -> None:
         raise TypeError(f"apply_all wants a norm object second, WeightNorm() for example, and got {norm!r}.")
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def _predicate(where: Where | None) -> Callable[[str, nn.Module], bool]:
     """`where` as a function of name and module."""
     if where is None:  # MultiheadAttention reads the weight of its out_proj without calling that layer
         return lambda path, module: (
-            isinstance(module, _LAYERS) and not isinstance(module, NonDynamicallyQuantizableLinear)
+            isinstance(module, LAYERS) and not isinstance(module, NonDynamicallyQuantizableLinear)
         )
     _check_where(where)
     if isinstance(where, (type, tuple)):

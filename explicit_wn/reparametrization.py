@@ -14,13 +14,12 @@ from torch.nn.utils import parametrize
 
 from . import carrier, settings, torchscript
 from .interface import WhatApplyReturns
+from .layers import TRANSPOSED
 from .recipe import Recipe, recipe_for
 from .torchscript import is_scripted, is_scripting
 
 Module = TypeVar("Module", bound=nn.Module)
 Self = TypeVar("Self", bound="Reparametrization")
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 _NONE: dict[str, Callable[[nn.Module], None]] = {}
@@ -308,7 +307,7 @@ class Reparametrization(nn.Module):
         if dim is None:
             return None
         if isinstance(dim, str) and dim == "out":
-            return 1 if ndim > 1 and isinstance(module, _TRANSPOSED) else 0
+            return 1 if ndim > 1 and isinstance(module, TRANSPOSED) else 0
         if not _is_dim(dim):
             raise self._refusal(module, name, f"dim is {_DIM}, not {dim!r}", TypeError)
         if dim == -1 and self.default_dim is None:

@@ -1,0 +1,7 @@
+"""What helps to see the work: its steps, weights that are out of date, and the initialization of the paper."""
+
+from .initialization import data_dependent_init
+from .stale import StaleWeightError, detect_stale
+from .steps import Step, Steps, steps
+
+__all__ = ["StaleWeightError", "Step", "Steps", "data_dependent_init", "detect_stale", "steps"]

@@ -1,0 +1,230 @@
+"""Weights that are out of date: finding the `recompute` that somebody forgot."""
+
+import contextlib
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from .. import carrier
+from ..carrier import Stored
+from ..layers import qualified
+from ..recipe import Recipe
+from ..reparametrization import Reparametrization
+from ..torchscript import is_tracing
+
+
+class StaleWeightError(RuntimeError):
+    """A normed weight was read, or backpropagated through, that should have been recomputed first."""
+
+
+@contextlib.contextmanager
+def detect_stale(model: nn.Module | None = None) -> Iterator[None]:
+    """Within this block, reading a weight whose parts changed since its last recompute raises, and says what to add.
+
+    It is for finding a forgotten `recompute`, as `torch.autograd.detect_anomaly` is for finding a NaN. That line is
+    easily missed, since the model runs: on old weights, until the second training step says "Trying to backward
+    through the graph a second time". That error is explained here as well.
+
+    What is inlined is never stale. The block compares the parts with copies of them, bit for bit, because fused
+    optimizers and `.data` leave no other trace; outside of it nothing of this costs anything. It watches the reads of
+    the thread that entered it, in eager mode. Blocks nest.
+
+    Args:
+        model: where the weight is looked up, to name it by its path. Without it the path starts at the outermost
+            module whose method is running.
+
+    >>> from explicit_wn import WeightNorm
+    >>> class Net(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.wn = WeightNorm()
+    ...         self.fc = self.wn.apply(nn.Linear(2, 1))
+    ...     def forward(self, x):
+    ...         return self.fc(x)  # no recompute
+    >>> net = Net()
+    >>> _ = nn.init.ones_(net.fc.weight_g)
+    >>> with detect_stale():  # doctest: +ELLIPSIS
+    ...     net(torch.ones(1, 2))
+    Traceback (most recent call last):
+    explicit_wn.teaching.stale.StaleWeightError: fc.weight of this Net is stale: ...
+    <BLANKLINE>
+        self.wn.recompute(self.fc)
+    ...
+    """
+    watch = _Watch(model)
+    try:
+        with _lock:
+            _active.append(watch)
+            carrier.on_read = _on_read
+        _watching.set((watch, *_watching.get()))
+        yield
+    except RuntimeError as error:
+        if watch.used_up and "Trying to backward through the graph a second time" in str(error):
+            raise StaleWeightError("\n\n".join(watch.used_up)) from error
+        raise
+    finally:
+        _watching.set(tuple(other for other in _watching.get() if other is not watch))
+        with _lock:
+            _active.remove(watch)
+            carrier.on_read = _on_read if _active else None
+
+
+@attrs.define(eq=False)
+class _Watch:
+    """What one `detect_stale` block has seen."""
+
+    model: nn.Module | None
+    copies: dict[tuple[int, str], tuple["weakref.ref[Stored]", list[Tensor | None]]] = attrs.field(factory=dict)
+    """By module and weight: a stored weight, and the parts as they were when it was first read here."""
+    used_up: dict[str, None] = attrs.field(factory=dict)
+    """What to say if a backward fails: on each weight that was read again after a backward through it."""
+
+    def has_changed(self, module: nn.Module, recipe: Recipe, stored: Stored) -> bool:
+        """Whether a part is not what it was when `stored` was first read here; remembers the parts if it is now."""
+        key = id(module), recipe.name
+        known, copies = self.copies.get(key, (None, []))
+        if known is not None and known() is stored:
+            return any(map(_differ, stored.sources, copies))
+        with torch.no_grad():
+            self.copies[key] = weakref.ref(stored), [_bits(source) for source in stored.sources]
+        return False
+
+
+_lock = threading.Lock()
+_active: list[_Watch] = []
+"""The blocks that are open in any thread."""
+_watching: ContextVar[tuple[_Watch, ...]] = ContextVar("watching", default=())
+"""Those of this thread, the innermost first."""
+
+
+def _on_read(module: nn.Module, recipe: Recipe) -> None:
+    store, watches = carrier.store_of(module), _watching.get()
+    stored = store.get(recipe.name)
+    if not watches or stored is None or (recipe.inlined and not store.held) or _is_torchscript_looking():
+        return
+    if not carrier.is_current(stored, module, recipe):
+        return  # such a read computes the weight anew
+    models = [watch.model for watch in watches if watch.model is not None]
+    has_changed = [watch.has_changed(module, recipe, stored) for watch in watches]
+    if any(has_changed) or stored.is_stale():
+        raise StaleWeightError(_on_stale(module, recipe, models))
+    if torch.is_grad_enabled() and _is_used_up(stored.value.grad_fn):
+        watches[0].used_up[_on_used_up(module, recipe, models)] = None
+
+
+def _is_torchscript_looking() -> bool:
+    """Whether torch.jit reads, which looks at every attribute of a module before it traces its forward."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS, "<explicit_wn")):
+        frame = frame.f_back
+    reader = frame.f_globals.get("__name__", "")
+    return is_tracing() or reader.startswith(("torch.jit", "torch._jit"))
+
+
+_OURS = str(Path(carrier.__file__).parent)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(source: Tensor | None) -> Tensor | None:
+    """A copy of a part, as integers, among which NaN equals NaN; None for what cannot be compared."""
+    if source is None or type(source) not in (Tensor, nn.Parameter) or source.is_meta:
+        return None
+    with contextlib.suppress(RuntimeError):  # vmap on older torch
+        return source.detach().view(_INTEGERS[source.element_size()]).clone()
+    return None
+
+
+def _differ(source: Tensor, copy: Tensor | None) -> bool:
+    if copy is None:
+        return False
+    with contextlib.suppress(RuntimeError):  # vmap refuses to compare
+        return not torch.equal(source.detach().view(copy.dtype), copy)
+    return False
+
+
+def _is_used_up(root: Any) -> bool:
+    """Whether a backward went through the graph of a weight and threw away what that had saved."""
+    nodes = [root]
+    for node in nodes:
+        for name in dir(node):
+            if name.startswith("_raw_saved_"):
+                try:  # to read what is saved may run hooks, those of checkpointing say; to read what is gone does not
+                    if getattr(getattr(node, name), "data", node) is None:
+                        getattr(node, name.removeprefix("_raw"))
+                except RuntimeError:
+                    return True
+        nodes += [before for before, _ in getattr(node, "next_functions", ()) if before not in (None, *nodes)]
+    return False
+
+
+# What to say about them
+
+
+def _on_stale(module: nn.Module, recipe: Recipe, models: list[nn.Module]) -> str:
+    name, advice = _name_and_advice(module, recipe, models)
+    parts = " and ".join(recipe.attributes)
+    if carrier.store_of(module).held:
+        return f"{name} is stale: {parts} changed while a cached(model) block holds it. Change them after the block."
+    return (
+        f"{name} is stale: {parts} changed since it was last computed from them. {advice}\n\nWithout that the model "
+        "goes on with the old weight, and the second training step fails with torch's error \"Trying to backward "
+        'through the graph a second time".'
+    )
+
+
+def _on_used_up(module: nn.Module, recipe: Recipe, models: list[nn.Module]) -> str:
+    name, advice = _name_and_advice(module, recipe, models)
+    if carrier.store_of(module).held:
+        advice = "A cached(model) block holds it: one backward is all that a block can have."
+    return (
+        f"Trying to backward through the graph a second time: {name} was used again after a backward through it, "
+        f"without a recompute in between. {advice}"
+    )
+
+
+def _name_and_advice(module: nn.Module, recipe: Recipe, models: list[nn.Module]) -> tuple[str, str]:
+    """What the weight is called, and which line recomputes it where."""
+    model, path = _find(module, models)
+    name = f"{qualified(path, recipe.name)} of this {carrier.base_of(model).__name__}"
+    names = path.split(".") if path else []
+    norm, place = "wn", "before the model is called"
+    for depth in range(len(names), -1, -1):
+        owner = model.get_submodule(".".join(names[:depth]))
+        held = [child for child in owner._modules if _is_norm_of(recipe, owner._modules[child])]
+        if held:
+            norm, place = f"self.{held[0]}", f"to the forward of {carrier.base_of(owner).__name__}"
+            break
+    target = "".join(f"[{n}]" if n.isdigit() else f".{n}" for n in names[depth:])
+    target = ("model" if norm == "wn" else "self") + target
+    which = f", where wn is {recipe.norm!r}" if norm == "wn" else ""
+    line = f"Add this line {place}{which}:\n\n    {norm}.recompute({target})\n\n"
+    return name, line + "or use inline(layer) in the place of apply(layer), which recomputes by itself."
+
+
+def _is_norm_of(recipe: Recipe, module: nn.Module | None) -> bool:
+    return isinstance(module, Reparametrization) and module.label in recipe.labels
+
+
+def _find(module: nn.Module, models: list[nn.Module]) -> tuple[nn.Module, str]:
+    """The path of `module`, and the model in which it has that path: a given one, or the outermost one running."""
+    running: list[nn.Module] = []
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if isinstance(frame.f_locals.get("self"), nn.Module):
+            running.insert(0, frame.f_locals["self"])
+    for model in (*models, *running):
+        for path, other in model.named_modules():
+            if other is module:
+                return model, path
+    return module, ""

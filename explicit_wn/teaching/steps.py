@@ -1,0 +1,128 @@
+"""The computation of a weight, step by step."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from .. import carrier
+from ..layers import qualified
+from ..recipe import Recipe
+from ..table import Table, shape_shown
+
+
+@attrs.frozen(eq=False)
+class Step:
+    """One step of a computation."""
+
+    symbol: str
+    meaning: str
+    """What it is."""
+    expression: str
+    shape: tuple[int, ...]
+    value: Tensor
+    """A copy, without gradient."""
+
+
+@attrs.frozen(eq=False, repr=False)
+class Steps(Table):
+    """The steps from the parts to the weight: a table to look at, and records to compute with."""
+
+    records: tuple[Step, ...]
+
+    def __getitem__(self, key: int | str) -> Step:
+        if isinstance(key, str):
+            return {step.symbol: step for step in self.records}[key]
+        return self.records[key]
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def cells(self) -> list[list[str]]:
+        rows = [[s.symbol, s.meaning, s.expression, shape_shown(s.shape), _shown(s.value)] for s in self.records]
+        return [["symbol", "what it is", "expression", "shape", "value"], *rows]
+
+
+def steps(module: nn.Module, name: str = "weight") -> Steps:
+    """How the weight `name` of `module` comes from its parts, step by step, as they are now; changes nothing.
+
+    A norm of your own shows its parts and its weight; give its class a function `steps` to have it show more, as
+    `WeightNorm` does.
+
+    Args:
+        module: a module that carries a norm, or a model that holds one.
+        name: the weight; within a model its qualified name, as in `normed(model)`.
+
+    >>> from explicit_wn import WeightNorm
+    >>> layer = WeightNorm().apply(nn.Linear(2, 2))
+    >>> WeightNorm().assign(layer, torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+    Linear(in_features=2, out_features=2, bias=True, weight=WeightNorm(dim=0))
+    >>> steps(layer, "weight")
+    symbol  what it is                    expression                    shape  value
+    ------  ----------------------------  ----------------------------  -----  --------------
+    v       the direction, of any length  parameter weight_v            2×2    3.0000  4.0000
+                                                                               0.0000  2.0000
+    ‖v‖     the length of v               norm_except_dim(v, 2, dim=0)  2×1    5.0000
+                                                                               2.0000
+    v/‖v‖   the direction, of length 1    v / ‖v‖                       2×2    0.6000  0.8000
+                                                                               0.0000  1.0000
+    g       the magnitude                 parameter weight_g            2×1    5.0000
+                                                                               2.0000
+    w       the weight                    g · v/‖v‖                     2×2    3.0000  4.0000
+                                                                               0.0000  2.0000
+    >>> steps(layer)["‖v‖"].shape
+    (2, 1)
+    """
+    found = {
+        qualified(path, recipe.name): (owner, recipe)
+        for path, owner in module.named_modules(remove_duplicate=False)
+        for recipe in carrier.recipes_of(owner)
+    }
+    if name not in found:
+        kind, names = carrier.base_of(module).__name__, ", ".join(map(repr, found)) or "none"
+        raise ValueError(
+            f"no norm of explicit_wn makes {name!r} of this {kind}; the weights that one makes: {names}. "
+            "WeightNorm().apply(module) norms a weight, and convert(model) takes over the norms of torch."
+        )
+    return Steps(tuple(_step(*row) for row in _rows(*found[name])))
+
+
+def _rows(module: nn.Module, recipe: Recipe) -> Iterator[tuple[str, str, str, Tensor]]:
+    parts, explained = recipe.read(module), recipe.norm.steps
+    if explained is not None:
+        yield from explained(**parts, **recipe.options_of(explained))
+        return
+    for part, value in parts.items():
+        kind = "buffer" if part in recipe.norm.buffer_parts else "parameter"
+        yield part, "a part of the weight", f"{kind} {recipe.attribute(part)}", value
+    options = [f"{option}={value!r}" for option, value in recipe.formula_options.items()]
+    yield "w", "the weight", f"{recipe.formula.__name__}({', '.join([*parts, *options])})", recipe.compute(module)
+
+
+def _step(symbol: str, meaning: str, expression: str, value: Any) -> Step:
+    value = torch.as_tensor(value).detach().clone()
+    return Step(symbol, meaning, expression, tuple(value.shape), value)
+
+
+_MOST = 6
+"""How many rows and how many columns of a value are shown."""
+
+
+def _shown(value: Tensor) -> str:
+    """A vector as a line, anything larger as lines of numbers, the first dimension downward."""
+    if value.is_meta or value.numel() == 0:
+        return "on meta" if value.is_meta else "empty"
+    matrix = value.reshape(1, -1) if value.dim() < 2 else value.flatten(1)
+    numbers = matrix[:_MOST, :_MOST].double().cpu()
+    largest = numbers.abs().nan_to_num(0, 0).max().item()
+    style = ".4f" if largest == 0 or 1e-3 <= largest < 1e5 else ".3e"
+    lines = [[format(number, style) for number in row] for row in numbers.tolist()]
+    width = max(len(number) for line in lines for number in line)
+    more = "  …" if matrix.shape[1] > _MOST else ""
+    shown = ["  ".join(number.rjust(width) for number in line) + more for line in lines]
+    return "\n".join(shown + (["…"] if matrix.shape[0] > _MOST else []))
