@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize
 
 from . import carrier, spellings, torchscript
 from .layers import LAYERS, qualified
-from .reparametrization import Folded, Reparametrization, replaced_forward
+from .refusals import replaced_forward
+from .reparametrization import Folded, Reparametrization
 from .spellings import Found
 from .table import Table, shape_shown
 

@@ -1,21 +1,18 @@
 """The verbs that every norm shares. A norm itself is a formula, the parts it is made of, and its settings."""
 
 import inspect
-import keyword
-import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
 
-from . import carrier, settings, torchscript
+from . import carrier, refusals, settings
 from .interface import WhatApplyReturns
 from .layers import TRANSPOSED
 from .recipe import Recipe, recipe_for
+from .refusals import Asked
 from .torchscript import is_scripted, is_scripting
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -90,9 +87,9 @@ class Reparametrization(nn.Module):
         if not isinstance(name, str):
             raise settings.refusal(self, "name", name, "a str, the name of a parameter", TypeError)
         name = str.__str__(name)  # whatever a subclass says of itself
-        objection = self._taken(name) or _no_identifier(name)
-        if objection:
-            raise ValueError(f"{self.kind} cannot norm {name!r}: {objection}.")
+        reason = refusals.refusal((*refusals.NAMES, refusals.NO_IDENTIFIER), Asked(self, nn.Module(), name))
+        if reason:
+            raise ValueError(f"{self.kind} cannot norm {name!r}: {reason}.")
         if not _is_dim(getattr(self, "dim", None)):
             raise settings.refusal(self, "dim", self.dim, _DIM, TypeError)
 
@@ -177,7 +174,7 @@ class Reparametrization(nn.Module):
         """
         recipes = self._recipes(module, name)
         for recipe in recipes:
-            self._check_own_parts(module, recipe, "remove")
+            self._check(module, recipe.name, refusals.not_its_own(module, recipe), "remove")
         with torch.no_grad(), carrier.all_or_nothing(module):
             for recipe in recipes:
                 trainable = any(part.requires_grad for part in recipe.read(module).values())
@@ -196,12 +193,12 @@ class Reparametrization(nn.Module):
             got = f"the shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
             reason = f"a tensor of the shape {tuple(current.shape)} is wanted, not {got}"
             raise self._refusal(module, recipe.name, reason, verb="assign")
-        objection = _kind_objection(weight) or recipe.norm.objection(weight) or recipe.norm.no_inverse(weight)
+        objection = refusals.odd_kind(weight) or recipe.norm.objection(weight) or recipe.norm.no_inverse(weight)
         if weight.is_meta and not current.is_meta:
             objection = "it is a meta tensor, which has no values"
         if objection:
             raise self._refusal(module, recipe.name, objection, verb="assign")
-        self._check_own_parts(module, recipe, "assign")
+        self._check(module, recipe.name, refusals.not_its_own(module, recipe), "assign")
         with torch.no_grad():
             values = recipe.norm.inverse(weight.detach().to(current))
             parts = recipe.read(module)
@@ -254,7 +251,7 @@ class Reparametrization(nn.Module):
     def _install(self, module: Module, name: str | None, dim: int | str | None, inlined: bool) -> Module:
         norm, weight = self._resolve(module, name, dim)
         if inlined:
-            self._check_forward(module, norm.name)
+            self._check(module, norm.name, refusals.no_forward(module), "inline")
         with torch.no_grad():
             parts = norm.split(weight)
         recipe = norm._recipe_for(tuple(parts), self.name, inlined)
@@ -292,7 +289,7 @@ class Reparametrization(nn.Module):
         name = self.name if name is None else name
         name = str.__str__(name) if isinstance(name, str) else name  # whatever a subclass says of itself
         self._check_module(module, name)
-        weight = self._find(module, name)
+        weight = self._parameter(module, name)
         changes: dict[str, Any] = {"name": name}
         if hasattr(self, "dim"):
             changes["dim"] = self._resolve_dim(module, name, self.dim if dim is None else dim, weight.dim())
@@ -325,64 +322,18 @@ class Reparametrization(nn.Module):
             raise self._refusal(module, name, reason)
         return int(dim) % ndim
 
-    def _find(self, module: nn.Module, name: Any) -> nn.Parameter:
+    def _parameter(self, module: nn.Module, name: Any) -> nn.Parameter:
         """The parameter `name` of `module`, if it is one that can be normed."""
-        names = ", ".join(repr(n) for n, p in module._parameters.items() if p is not None) or "none"
+        asked = Asked(self, module, name)
         if not isinstance(name, str):
-            raise self._refusal(module, name, f"a parameter's name is a str; its parameters are {names}", TypeError)
-        by_us = {recipe.name: recipe.norm for recipe in carrier.recipes_of(module)}
-        own_hooks = (torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm)
-        hooks = [
-            h for h in module._forward_pre_hooks.values() if type(h).__module__ in [f.__module__ for f in own_hooks]
-        ]
-        parameter = module._parameters.get(name)
-        if taken := self._taken(name):
-            reason = taken
-        elif name in by_us:
-            clash = {f"{name}_{part}" for part in by_us[name].part_names() & self.part_names()}
-            both = f" (both would keep a part in {', '.join(map(repr, sorted(clash)))})" if clash else ""
-            reason = f"it is normed already, by {by_us[name]!r}{both}; call remove(module) on that first"
-        elif parametrize.is_parametrized(module, name):
-            reason = "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations(module, name) ends that"
-        elif any(getattr(hook, "name", None) == name for hook in hooks):
-            reason = (
-                "torch's hook norms it already; explicit_wn.convert(model) makes that ours, and fold(model) ends it"
+            raise self._refusal(
+                module, name, f"a parameter's name is a str; its parameters are {asked.names}", TypeError
             )
-        elif name in module._parameters and parameter is None:
-            reason = f"it is None in this module; its parameters are {names}"
-        elif name in module._buffers:
-            reason = f"it is a buffer, and only parameters are normed; its parameters are {names}"
-        elif name in module._modules:
-            reason = f"it is a submodule; apply the norm to that: apply(module.{name})"
-        elif parameter is None:
-            reason = f"it has no such parameter; its parameters are {names}"
-            if any(isinstance(layer._parameters.get(name), nn.Parameter) for layer in module.modules()):
-                reason += "; modules within it have one, and explicit_wn.apply_all(module, norm) norms those"
-        elif odd := _no_identifier(name):
-            reason = odd
-        elif isinstance(parameter, UninitializedParameter):
-            reason = "it is not initialized yet; run one batch through the lazy module first"
-        elif kind := _kind_objection(parameter):
-            reason = kind
-        elif parameter.dim() == 0:
-            reason = "it is a scalar, which has a magnitude and no direction; leave it as it is"
-        elif carrier.is_wrapped(module):
-            reason = (
-                f"its class was changed to {type(module).__name__} since another parameter was normed; undo that first"
-            )
-        else:
-            return parameter
-        raise self._refusal(module, name, reason)
-
-    def _taken(self, name: str) -> str | None:
-        """Why no parameter that is normed can have that name, in whatever module, and the way out."""
-        if "." in name:
-            owner, _, own = name.rpartition(".")
-            return f"apply wants the module that owns the parameter: {self.kind}({own!r}).apply(model.{owner})"
-        reserved = hasattr(carrier.Carrier, name) or name.startswith(("__", "_normed")) or name in torchscript.NAMES
-        if reserved or unicodedata.normalize("NFKC", name) != name:
-            return "torch, Python or explicit_wn needs that name itself; register the parameter under another"
-        return None
+        reason = refusals.refusal(refusals.PARAMETERS, asked)
+        if reason:
+            raise self._refusal(module, name, reason)
+        parameter: nn.Parameter = asked.parameter
+        return parameter
 
     def _check_class(self) -> None:
         cls = type(self)
@@ -396,23 +347,6 @@ class Reparametrization(nn.Module):
         if not isinstance(module, nn.Module) or is_scripted(module):
             kind = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
             raise TypeError(f"{self!r} cannot {verb} {name!r} of {kind}: give it an nn.Module in eager mode.")
-
-    def _check_forward(self, module: nn.Module, name: str) -> None:
-        reason = replaced_forward(module)
-        if type(module).forward is nn.Module.forward:
-            reason = "the module has no forward to recompute it in; use apply, and call recompute where it is used"
-        if reason:
-            raise self._refusal(module, name, reason, verb="inline")
-
-    def _check_own_parts(self, module: nn.Module, recipe: Recipe, verb: str) -> None:
-        reason = None
-        if carrier.is_wrapped(module):
-            reason = f"the module's class was changed to {type(module).__name__} since it was normed; undo that first"
-        for attribute in recipe.attributes:
-            if attribute not in module._parameters and attribute not in module._buffers:
-                reason = f"its part {attribute!r} is computed by another tool (parametrize or prune); end that first"
-        if reason:
-            raise self._refusal(module, recipe.name, reason, verb=verb)
 
     def _cannot_recompute(self, module: Any) -> None:
         self._check_module(module, self.name, "recompute")
@@ -453,18 +387,15 @@ class Reparametrization(nn.Module):
             raise self._refusal(module, self.name, f"it was applied to {names}; say which with name=", verb="choose")
         return recipes[0]
 
+    def _check(self, module: nn.Module, name: str, reason: str | None, verb: str) -> None:
+        if reason:
+            raise self._refusal(module, name, reason, verb=verb)
+
     def _refusal(
         self, module: nn.Module, name: Any, reason: str, error: type[Exception] = ValueError, verb: str = "norm"
     ) -> Exception:
         """The error of every refused call: who, what, of which class, why, and the way out."""
         return error(f"{self!r} cannot {verb} {name!r} of this {carrier.base_of(module).__name__}: {reason}.")
-
-
-def replaced_forward(module: nn.Module) -> str | None:
-    """Why nothing can be inlined in a forward that somebody put on the instance, and the way out; None if it is not."""
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance, which a class cannot see; use apply, and call recompute"
-    return None
 
 
 _DIM = 'an int, "out" or None'
@@ -474,19 +405,6 @@ def _is_dim(value: Any) -> bool:
     if isinstance(value, str):
         return value == "out"
     return value is None or (isinstance(value, int) and not isinstance(value, bool))
-
-
-def _no_identifier(name: str) -> str | None:
-    if name.isidentifier() and not keyword.iskeyword(name):
-        return None
-    return "its name is no Python identifier; register it under one that is"
-
-
-def _kind_objection(weight: Tensor) -> str | None:
-    if weight.is_floating_point() and weight.layout is torch.strided and torch.finfo(weight.dtype).bits >= 16:
-        return None
-    kind = weight.dtype if weight.layout is torch.strided else f"{weight.dtype}, {weight.layout}"
-    return f"it is {kind}; only dense weights of float16, bfloat16, float32 and float64 are normed"
 
 
 class Folded(nn.Module):
