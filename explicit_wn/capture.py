@@ -33,6 +33,11 @@ capturing = torch.compiler.is_compiling
 """Whether `torch.compile` or `torch.export` is reading the code that runs now."""
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether a compiler sees what is done to `tensor`; before torch 2.13 only its stand-in tells."""
+    return capturing() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
 def is_transformed() -> bool:
     """Whether functorch or forward-mode AD runs, which want to see every operation."""
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
@@ -183,13 +188,21 @@ def _own_code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def announce_to_dynamo() -> None:
-    """Run by Dynamo itself, while it traces: makes the operators, and allows formulas in the graph of an export."""
+def announce_to_dynamo() -> bool:
+    """Run by Dynamo itself, while it traces: makes the operators, or allows their formulas in the graph of an export.
+
+    Returns whether it is for an export, whose graph is to hold no operator of ours. (Dynamo of torch 2.10 takes
+    `torch.compiler.is_exporting()` for True wherever it reads it.)
+    """
     import torch._dynamo
 
+    exporting: bool = torch.compiler.is_exporting()
     for operator in list(_operators.values()):
-        operator.register()
-        torch._dynamo.allow_in_graph(operator.formula)  # type: ignore[no-untyped-call]
+        if exporting:
+            torch._dynamo.allow_in_graph(operator.formula)  # type: ignore[no-untyped-call]
+        else:
+            operator.register()
+    return exporting
 
 
 announce_to_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]

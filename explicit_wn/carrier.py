@@ -222,11 +222,9 @@ def is_current(stored: Stored, module: nn.Module, recipe: Recipe) -> bool:
 def read(module: nn.Module, recipe: Recipe) -> Tensor:
     """The weight as its attribute gives it: stored in eager mode, computed in place in a captured graph."""
     if capture.capturing():
-        if torch.compiler.is_dynamo_compiling():
-            capture.announce_to_dynamo()
-            if not torch.compiler.is_exporting():  # whose graph is to hold no operator of ours
-                value: Tensor = recipe.operator.call(*recipe.read(module).values())
-                return value
+        if torch.compiler.is_dynamo_compiling() and not capture.announce_to_dynamo():
+            value: Tensor = recipe.operator.call(*recipe.read(module).values())
+            return value
         return recipe.operator.formula(**recipe.read(module), **recipe.formula_options)
     if on_read is not None:
         on_read(module, recipe)

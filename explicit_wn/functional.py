@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import middle_dim
+from .capture import is_captured
 from .torchscript import is_scripting, is_traced, is_tracing, shape_of
 
 
@@ -134,7 +135,7 @@ def _is_for_middle_dim(v: Tensor, dim: int) -> bool:
     if not isinstance(v, Tensor) or is_tracing() or dim >= v.dim() - 1:
         return False
     if not is_scripting():  # noqa: SIM102 - TorchScript leaves out a branch, and no half of a condition
-        if torch.compiler.is_compiling():
+        if is_captured(v):
             return v.numel() > 0
     return v.element_size() > 2 and v.is_contiguous() and v.numel() >= 4096
 

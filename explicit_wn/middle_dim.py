@@ -80,7 +80,7 @@ def weight_norm_in_eager_mode(v: Tensor, g: Tensor, dim: int) -> Tensor:
     """The fastest of them for whoever asks."""
     if torch.compiler.is_exporting():
         return torch._weight_norm(v, g, dim)  # one node, which each runtime takes to pieces in its own way
-    if capture.capturing():  # a compiler would take that to pieces badly, and do twice the work
+    if capture.is_captured(v):  # a compiler would take that to pieces badly, and do twice the work
         others = [other for other in range(v.dim()) if other != dim]
         norm: Tensor = torch.linalg.vector_norm(v, 2, others, keepdim=True)
         return v * (g / norm)
