@@ -92,7 +92,7 @@ def weight_norm_by_kernel(v: Tensor, g: Tensor, dim: Optional[int], eps: float) 
         return None
     of_v, of_g = v.shape, g.shape
     ndim, length = len(of_v), g.numel()
-    if (dim != 0 and dim != ndim - 1) or length == 0 or len(of_g) != ndim or of_g[dim] != length:
+    if (dim != 0 and dim != ndim - 1) or length == 0 or ndim == 0 or len(of_g) != ndim or of_g[dim] != length:
         return None
     if of_v[dim] != length or 0 in of_v or (ndim >= 4 and not v.is_contiguous()):
         return None
@@ -110,6 +110,8 @@ def _check_magnitude(v: Tensor, g: Tensor, dim: Optional[int]) -> None:
     wanted = [1] * 0
     if dim is not None and dim != -1:
         kept = dim + len(of_v) if dim < 0 else dim
+        if kept < 0 or kept >= len(of_v):
+            raise IndexError(f"dim={dim} is out of range for a weight of the shape {of_v}")
         wanted = [1] * kept + [of_v[kept]] + [1] * (len(of_v) - kept - 1)
     if of_g != wanted and (len(wanted) > 0 or g.numel() != 1 or len(of_g) > len(of_v)):
         raise ValueError(f"a weight of the shape {of_v} with dim={dim} wants a g of the shape {wanted}, not {of_g}")

@@ -155,12 +155,16 @@ class Recipe:
 
     def compute(self, module: nn.Module) -> Tensor:
         """The weight from the parts as they are now."""
+        parts = self.own(module) or self.read(module)
+        missing = [self.attribute(part) for part, value in parts.items() if value is None]
+        if missing:
+            raise self.refusal(module, ValueError(f"its part {missing[0]!r} is None"))
         try:
-            return self.formula(**(self.own(module) or self.read(module)), **self.formula_options)
+            return self.formula(**parts, **self.formula_options)
         except ValueError as error:
             raise self.refusal(module, error) from error
 
-    def refusal(self, module: nn.Module, error: ValueError) -> ValueError:
+    def refusal(self, module: nn.Module, error: Exception) -> ValueError:
         """What the formula says of the parts, and whose they are."""
         return ValueError(f"{self.norm!r} cannot compute {self.name!r} of this {type(module).__name__}: {error}")
 

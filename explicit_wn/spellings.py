@@ -89,8 +89,9 @@ def _made(
     kind: Callable[..., Reparametrization], *settings: Any, **more: Any
 ) -> tuple[Reparametrization | None, str | None]:
     """A norm of ours with the settings of one of torch's, or why there is none."""
+    plain = [value.item() if hasattr(value, "item") else value for value in settings]  # numbers of NumPy among them
     try:
-        return kind(*settings, **more), None
+        return kind(*plain, **more), None
     except (TypeError, ValueError) as error:
         return None, str(error).removesuffix(".")
 

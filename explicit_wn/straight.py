@@ -128,7 +128,7 @@ def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
         "advance": "",
         "value": f"formula({', '.join(given + _options(recipe.formula_options))})",
     }
-    quick = recipe.norm.quick
+    quick = _quick_of(recipe.norm_class)
     if quick is not None:
         own_names = dict(zip(recipe.parts, names, strict=True)) | {k: literal(v) for k, v in recipe.settings}
         arguments = ", ".join(own_names[parameter] for parameter in inspect.signature(quick).parameters)
@@ -167,6 +167,14 @@ def recompute_of(straight: list[Straight], label: str) -> Callable[[nn.Module], 
             one(module)
 
     return bear[0] if len(bear) == 1 else recompute
+
+
+def _quick_of(norm: type) -> Callable[..., Tensor | None] | None:
+    """The quick way to what the norm's formula gives; None for a class with a formula of its own, and no such way."""
+    for cls in norm.__mro__:
+        if "quick" in vars(cls) or "formula" in vars(cls):
+            return getattr(cls, "quick", None) if "quick" in vars(cls) else None
+    return None
 
 
 def _options(options: dict[str, Any]) -> list[str]:

@@ -126,9 +126,9 @@ def methods(
     scope: dict[str, Any] = {"is_scripting": is_scripting, "recompute": recompute}
     made: dict[str, Any] = {}
     is_rnn, inlined = issubclass(base, nn.RNNBase), any(recipe.inlined for recipe in recipes)
-    made["_recompute_normed"] = Exported(
-        define(_recompute_source(recipes, scope, is_rnn), "_recompute_normed", base, scope)
-    )
+    source = _recompute_source(recipes, scope, is_rnn)
+    explicit = any(not recipe.inlined for recipe in recipes)
+    made["_recompute_normed"] = Exported(define(source, "_recompute_normed", base, scope), explicit)
     if is_rnn:  # the first thing that the forward of an RNN calls; that forward itself is overloaded and stays as it is
         scripted = _RECOMPUTE_INLINED if inlined else _RECOMPUTE_IF_NEVER_TOLD
         before = f"if is_scripting():\n{indent(scripted, '    ')}\n"
@@ -150,16 +150,18 @@ class Exported:
     """A method that `torch.jit.script` compiles because it is there, and that `torch.jit.trace` is not shown.
 
     A trace runs the module, and compiles what is marked with `torch.jit.export`; one such mark has it put the whole
-    module through TorchScript, which a plain layer is spared. So who looks for marks on behalf of a trace sees none.
+    module through TorchScript, which a plain layer is spared. So who looks for marks on behalf of a trace sees none;
+    except that a model with a marked method of its own goes through TorchScript anyway, and that method may recompute.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], explicit: bool) -> None:
         self.function = function
+        self.hidden_from = ("module_has_exports",) if explicit else _LOOK_FOR_A_TRACE
         self.marked = _jit.export(_renamed(function, function.__name__)) if IS_THERE else function
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
-        looks_for_a_trace = sys._getframe(1).f_code.co_name in _LOOK_FOR_A_TRACE
-        return (self.function if looks_for_a_trace else self.marked).__get__(module, owner)
+        is_hidden = sys._getframe(1).f_code.co_name in self.hidden_from
+        return (self.function if is_hidden else self.marked).__get__(module, owner)
 
 
 _LOOK_FOR_A_TRACE = ("module_has_exports", "make_stubs_from_exported_methods")

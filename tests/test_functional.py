@@ -249,6 +249,15 @@ def test_a_g_of_another_shape_never_reaches_the_kernel_of_torch_which_does_not_l
         assert f"not {list(wrong)}" in str(raised.value)
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+@pytest.mark.parametrize(("shape", "dim"), [((3, 4), 2), ((3, 4), -3), ((3,), 1), ((), 0)])
+def test_a_dim_that_is_none_of_the_weight_s_is_said_to_be(shape: tuple[int, ...], dim: int, eps: float) -> None:
+    with pytest.raises(
+        IndexError, match=re.escape(f"dim={dim} is out of range for a weight of the shape {list(shape)}")
+    ):
+        weight_norm(torch.ones(shape), torch.ones(shape), dim, eps)
+
+
 @pytest.mark.parametrize("dim", [0, 1, None])
 def test_eps_is_the_smallest_norm_that_is_divided_by(dim: int | None) -> None:
     v = torch.tensor([[1.0, 2.0, 0.1], [0.1, 0.2, 0.2], [0.0, 0.0, 0.0]], dtype=torch.float64)

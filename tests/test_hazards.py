@@ -494,6 +494,14 @@ READS: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 
 
+@pytest.mark.parametrize("way", [way for way in WAYS | READS if way not in ("script", "export", "compile")])
+def test_a_part_that_is_none_is_named(way: str) -> None:
+    layer: Any = WeightNorm().inline(nn.Linear(20, 40))
+    layer.weight_g = None
+    with pytest.raises(ValueError, match="cannot compute 'weight' of this Linear: its part 'weight_g' is None"):
+        (WAYS | READS)[way](layer, torch.ones(1, 20))
+
+
 @pytest.mark.parametrize("by", ["another parameter", ".data"])
 @pytest.mark.parametrize(
     ("verb", "way"), [*(("apply", way) for way in WAYS), *(("inline", way) for way in WAYS | READS)]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from layers import change_parts
@@ -1145,3 +1146,16 @@ def test_a_file_as_r_saves_it_loads(tmp_path: Path) -> None:
         torch.testing.assert_close(model(X).detach(), expected)
         safetensors.save_model(model, str(tmp_path / "back.safetensors"))
         assert sorted(safetensors.load_file(tmp_path / "back.safetensors")) == sorted(state)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("make", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
+def test_a_dim_that_is_a_number_of_numpys_is_converted(make: Any) -> None:
+    layer = make(nn.Conv1d(2, 3, 4), dim=np.int64(1))
+    with torch.no_grad():
+        next(p for name, p in layer.named_parameters() if name.endswith(("weight_g", "original0"))).mul_(2)
+    x = torch.randn(1, 2, 5)
+    wanted = layer(x)
+    assert convert(layer) == ["weight"]
+    torch.testing.assert_close(layer(x), wanted, rtol=0, atol=0)
+    assert [repr(norm) for _, _, norm in normed(layer)] == ["WeightNorm('weight', dim=1)"]

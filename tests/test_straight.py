@@ -13,7 +13,7 @@ from random_examples import drawn
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from explicit_wn import SpectralNorm, WeightNorm, cached, carrier, detect_stale, fold, recompute_all
+from explicit_wn import SpectralNorm, WeightNorm, cached, carrier, detect_stale, fold, functional, recompute_all
 from explicit_wn.recipe import Recipe
 from explicit_wn.straight import Straight
 
@@ -43,6 +43,7 @@ NORMS: dict[str, Callable[[], Any]] = {
     "middle dim": lambda: WeightNorm(dim=1),
     "whole": lambda: WeightNorm(dim=None),
     "eps": lambda: WeightNorm(eps=1e-3),
+    "another formula": lambda: Doubled(),
     "spectral": lambda: SpectralNorm(n_power_iterations=2),
     "spectral, by rows": lambda: SpectralNorm(dim=1, first="u"),
 }
@@ -219,6 +220,12 @@ def comparable(value: Any) -> Any:
         held = value.detach().contiguous()
         return value.dtype, value.shape, value.requires_grad, held.flatten().view(torch.uint8).tolist()
     return [comparable(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+class Doubled(WeightNorm):
+    """A norm with a formula of its own, for which the quick way of its base is another one."""
+
+    formula = staticmethod(lambda v, g, dim, eps: 2 * functional.weight_norm(v, g, dim, eps))
 
 
 @pytest.mark.parametrize("verb", ["apply", "inline"])

@@ -433,6 +433,32 @@ class WithAnExportedMethod(nn.Module):
         return 2 * x
 
 
+class Recomputing(WithAnExportedMethod):
+    """Whose own method recomputes, and is compiled while the forward is traced."""
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__(norm)
+        self.wn = WeightNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.conv)
+        return self.conv(x)
+
+    @torch.jit.export
+    def encode(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.conv)
+        return self.conv(x)
+
+
+def test_a_method_that_recomputes_is_compiled_with_a_trace() -> None:
+    model, x = Recomputing(WeightNorm().apply), torch.randn(4, 3, 8)
+    result = torch.jit.trace(model, x)
+    make_stale(model.conv)
+    wanted = nn.functional.conv1d(x, by_hand(model.conv), model.conv.bias)
+    torch.testing.assert_close(result(x), wanted)
+    torch.testing.assert_close(result.encode(x), wanted)
+
+
 def hooked(norm: Norm) -> nn.Module:
     layer = norm(nn.Conv1d(3, 3, 2))
     layer.register_forward_hook(lambda module, inputs, output: output * 2)
