@@ -18,78 +18,20 @@ import inspect
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from threading import get_ident
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import capture, torchscript
 from .recipe import INLINED, Recipe
+from .store import Store, Stored, store_of, versions
 from .straight import Straight, recompute_of
 from .straight import straight as write_straight
-
-
-@attrs.define(eq=False)
-class Stored:
-    """A weight as it was last computed, and from what."""
-
-    value: Tensor
-    sources: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    thread: int
-    """The thread that computed it, and may use it: in another it would have no gradient, or too much of it."""
-
-    def is_stale(self) -> bool:
-        """Whether a part was changed in place since, as far as torch counts that."""
-        return self.versions != versions(self.sources)
-
-
-@attrs.define(eq=False)
-class Block:
-    """One `cached` block: a switch that many stores share."""
-
-    active: bool = False
-
-
-class Store(dict[str, Stored]):
-    """The stored weights of one module, by name. Copies and pickles of it are empty."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks: list[Block] = []
-        self.running: dict[tuple[int, str], Tensor] = {}
-        """The inlined weights of the forwards that run now, by thread and name."""
-        self.copying: set[int] = set()
-        """The threads that copy or pickle the module now."""
-
-    @property
-    def held(self) -> bool:
-        """Whether a `cached` block keeps the weights as they are."""
-        for block in self.blocks:  # noqa: SIM110 - any() takes three times as long
-            if block.active:
-                return True
-        return False
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[type["Store"], tuple[()]]:
-        return Store, ()
-
-
-def store_of(module: nn.Module) -> Store:
-    """The stored weights of a carrier."""
-    store: Store = module.__dict__["_normed_store"]
-    return store
-
-
-def versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """How often each tensor was changed in place."""
-    try:
-        return tuple([tensor._version for tensor in tensors])
-    except (AttributeError, RuntimeError):  # None of a mask that is gone, and what inference mode made
-        return tuple([0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors])
+from .undo import all_or_nothing, values_or_nothing
 
 
 def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
@@ -483,50 +425,3 @@ def carry(module: nn.Module, recipes: tuple[Recipe, ...]) -> None:
         module.__class__ = base
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()
-
-
-def all_or_nothing(*modules: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """What happens to `modules` in this block happens whole; an exception, Ctrl-C included, undoes it."""
-
-    def copied(container: Any) -> Any:
-        return container.copy() if container else ()  # most are empty
-
-    before = [(m, type(m), dict(vars(m)), [(vars(m)[n], copied(vars(m)[n])) for n in _CONTAINERS]) for m in modules]
-
-    def undo() -> None:
-        for module, cls, attributes, contents in before:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(attributes)
-            for container, content in contents:
-                container.clear()
-                container.update(content)
-
-    return _undone_by_an_exception(undo)
-
-
-def values_or_nothing(tensors: Iterable[Tensor]) -> contextlib.AbstractContextManager[None]:
-    """What is written into `tensors` in this block is written whole; an exception, Ctrl-C included, undoes it."""
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
-
-    def undo() -> None:
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
-
-    return _undone_by_an_exception(undo)
-
-
-@contextlib.contextmanager
-def _undone_by_an_exception(undo: Callable[[], None]) -> Iterator[None]:
-    try:
-        yield
-    except GeneratorExit:  # nothing failed in the block: Ctrl-C came before contextlib could end it
-        raise
-    except BaseException:
-        undo()
-        raise
-
-
-_CONTAINERS = [name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))]
-"""The attributes of every module that hold its parameters, buffers, submodules and hooks."""

@@ -18,7 +18,9 @@ from .layers import LAYERS, qualified
 from .refusals import replaced_forward
 from .reparametrization import Folded, Reparametrization
 from .spellings import Found
+from .store import Block, store_of
 from .table import Table, shape_shown
+from .undo import all_or_nothing
 
 Model = TypeVar("Model", bound=nn.Module)
 Where = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[..., bool]
@@ -60,7 +62,7 @@ def apply_all(model: nn.Module, norm: Reparametrization, where: Where | None = N
     _check("apply_all", model, norm)
     matches = _predicate(where)
     chosen = {path: module for path, module in model.named_modules() if matches(path, module)}
-    with carrier.all_or_nothing(*chosen.values()):
+    with all_or_nothing(*chosen.values()):
         for path, module in chosen.items():
             with _naming(path):
                 norm.inline(module)
@@ -103,8 +105,8 @@ def cached(model: Model) -> Iterator[Model]:
     """
     _check("cached", model)
     carriers = [module for module in model.modules() if carrier.recipes_of(module)]
-    stores = [(carrier.store_of(module), carrier.recipes_of(module)) for module in carriers]
-    block = carrier.Block()
+    stores = [(store_of(module), carrier.recipes_of(module)) for module in carriers]
+    block = Block()
     try:
         try:
             recompute_all(model)
@@ -173,7 +175,7 @@ def _make_ours(model: nn.Module) -> list[str]:
         if spelled.objection:
             raise _cannot_convert(path, module, spelled, spelled.objection)
         by_module.setdefault(module, []).append(spelled)
-    with carrier.all_or_nothing(*(changed for module in by_module for changed in spellings.touched(module))):
+    with all_or_nothing(*(changed for module in by_module for changed in spellings.touched(module))):
         for module, of_module in by_module.items():
             spellings.become_ours(module, of_module)
     return [qualified(path, spelled.name) for path, _, spelled in found]
@@ -202,7 +204,7 @@ def fold(model: nn.Module) -> list[str]:
     """
     _check("fold", model)
     modules = {changed: None for module in model.modules() for changed in spellings.touched(module)}
-    with carrier.all_or_nothing(*modules):
+    with all_or_nothing(*modules):
         _make_ours(model)
         folded = list(normed(model))
         ended = {label for module in model.modules() for r in carrier.recipes_of(module) for label in r.labels}
@@ -279,7 +281,7 @@ def report(model: nn.Module) -> Report:
 
 def _ours(module: nn.Module) -> Iterator[Found]:
     for recipe in carrier.recipes_of(module):
-        stored = carrier.store_of(module).get(recipe.name)
+        stored = store_of(module).get(recipe.name)
         stale = stored is not None and stored.is_stale() and not recipe.inlined
         with torch.no_grad():
             shape = tuple(recipe.compute(module).shape)

@@ -13,7 +13,9 @@ from .interface import WhatApplyReturns
 from .layers import TRANSPOSED
 from .recipe import Recipe, recipe_for
 from .refusals import Asked
+from .store import store_of
 from .torchscript import is_scripted, is_scripting
+from .undo import all_or_nothing, values_or_nothing
 
 Module = TypeVar("Module", bound=nn.Module)
 Self = TypeVar("Self", bound="Reparametrization")
@@ -175,7 +177,7 @@ class Reparametrization(nn.Module):
         recipes = self._recipes(module, name)
         for recipe in recipes:
             self._check(module, recipe.name, refusals.not_its_own(module, recipe), "remove")
-        with torch.no_grad(), carrier.all_or_nothing(module):
+        with torch.no_grad(), all_or_nothing(module):
             for recipe in recipes:
                 trainable = any(part.requires_grad for part in recipe.read(module).values())
                 weight = nn.Parameter(recipe.compute(module), requires_grad=trainable)
@@ -202,8 +204,8 @@ class Reparametrization(nn.Module):
         with torch.no_grad():
             values = recipe.norm.inverse(weight.detach().to(current))
             parts = recipe.read(module)
-            carrier.store_of(module).pop(recipe.name, None)
-            with carrier.values_or_nothing(parts[part] for part in values):
+            store_of(module).pop(recipe.name, None)
+            with values_or_nothing(parts[part] for part in values):
                 for part, value in values.items():
                     parts[part].copy_(value)
         return module
@@ -259,7 +261,7 @@ class Reparametrization(nn.Module):
         if taken:
             reason = f"the module has an attribute {taken[0]!r} already, which would be one of its parts; rename it"
             raise self._refusal(module, norm.name, reason)
-        with carrier.all_or_nothing(module):
+        with all_or_nothing(module):
             del module._parameters[norm.name]
             for part, value in parts.items():
                 if part not in self.buffer_parts and value is not weight:

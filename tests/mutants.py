@@ -45,6 +45,8 @@ TESTS = {
     "stale": "teaching",
     "initialization": "teaching",
     "straight": "straight carrier hazards threads",
+    "store": "carrier threads",
+    "undo": "faults model",
     "torchscript": "torchscript without_torchscript weight_norm spectral_norm",
 }
 COMPILES_NOTHING = "not compil and not export and not script and not trace and not process and not ddp"

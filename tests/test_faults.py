@@ -29,7 +29,7 @@ from whole_models import (
     spectral_weight,
 )
 
-from explicit_wn import SpectralNorm, WeightNorm, apply_all, carrier, convert, fold, spellings
+from explicit_wn import SpectralNorm, WeightNorm, apply_all, carrier, convert, fold, spellings, undo
 
 Make = Callable[[], nn.Module]
 Verb = Callable[[nn.Module], Any]
@@ -54,7 +54,7 @@ class Fault(Exception):
 
 WATCHED = (PACKAGE, "<explicit_wn", nn.modules.module.__file__, nn.utils.parametrize.__file__, contextlib.__file__)
 
-WHERE_MODULES_CHANGE = [carrier.__file__, spellings.__file__, contextlib.__file__]
+WHERE_MODULES_CHANGE = [carrier.__file__, undo.__file__, spellings.__file__, contextlib.__file__]
 
 Call = tuple[str, str, int, str]
 

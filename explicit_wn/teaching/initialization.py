@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from .. import carrier
 from ..layers import LAYERS, TRANSPOSED, qualified
 from ..recipe import Recipe
+from ..store import store_of
 from ..weight_norm import WeightNorm
 
 _FUNCTIONS = [nn.functional.linear]
@@ -116,7 +117,7 @@ def _restored(model: nn.Module, layers: Iterable[Any]) -> Iterator[None]:
                 tensor.copy_(value)
         for module in model.modules():
             if carrier.recipes_of(module):
-                carrier.store_of(module).clear()
+                store_of(module).clear()
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:

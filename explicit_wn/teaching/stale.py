@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import carrier
-from ..carrier import Stored
 from ..layers import qualified
 from ..recipe import Recipe
 from ..reparametrization import Reparametrization
+from ..store import Stored, store_of
 from ..torchscript import is_tracing
 
 
@@ -106,7 +106,7 @@ _watching: ContextVar[tuple[_Watch, ...]] = ContextVar("watching", default=())
 
 
 def _on_read(module: nn.Module, recipe: Recipe) -> None:
-    store, watches = carrier.store_of(module), _watching.get()
+    store, watches = store_of(module), _watching.get()
     stored = store.get(recipe.name)
     if not watches or stored is None or (recipe.inlined and not store.held) or _is_torchscript_looking():
         return
@@ -173,7 +173,7 @@ def _is_used_up(root: Any) -> bool:
 def _on_stale(module: nn.Module, recipe: Recipe, models: list[nn.Module]) -> str:
     name, advice = _name_and_advice(module, recipe, models)
     parts = " and ".join(recipe.attributes)
-    if carrier.store_of(module).held:
+    if store_of(module).held:
         return f"{name} is stale: {parts} changed while a cached(model) block holds it. Change them after the block."
     return (
         f"{name} is stale: {parts} changed since it was last computed from them. {advice}\n\nWithout that the model "
@@ -184,7 +184,7 @@ def _on_stale(module: nn.Module, recipe: Recipe, models: list[nn.Module]) -> str
 
 def _on_used_up(module: nn.Module, recipe: Recipe, models: list[nn.Module]) -> str:
     name, advice = _name_and_advice(module, recipe, models)
-    if carrier.store_of(module).held:
+    if store_of(module).held:
         advice = "A cached(model) block holds it: one backward is all that a block can have."
     return (
         f"Trying to backward through the graph a second time: {name} was used again after a backward through it, "

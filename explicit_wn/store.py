@@ -1,0 +1,65 @@
+"""What a carrier remembers: the weights as they were last computed, and from what."""
+
+from typing import Any
+
+import attrs
+from torch import Tensor, nn
+
+
+@attrs.define(eq=False)
+class Stored:
+    """A weight as it was last computed, and from what."""
+
+    value: Tensor
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    thread: int
+    """The thread that computed it, and may use it: in another it would have no gradient, or too much of it."""
+
+    def is_stale(self) -> bool:
+        """Whether a part was changed in place since, as far as torch counts that."""
+        return self.versions != versions(self.sources)
+
+
+@attrs.define(eq=False)
+class Block:
+    """One `cached` block: a switch that many stores share."""
+
+    active: bool = False
+
+
+class Store(dict[str, Stored]):
+    """The stored weights of one module, by name. Copies and pickles of it are empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[Block] = []
+        self.running: dict[tuple[int, str], Tensor] = {}
+        """The inlined weights of the forwards that run now, by thread and name."""
+        self.copying: set[int] = set()
+        """The threads that copy or pickle the module now."""
+
+    @property
+    def held(self) -> bool:
+        """Whether a `cached` block keeps the weights as they are."""
+        for block in self.blocks:  # noqa: SIM110 - any() takes three times as long
+            if block.active:
+                return True
+        return False
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type["Store"], tuple[()]]:
+        return Store, ()
+
+
+def store_of(module: nn.Module) -> Store:
+    """The stored weights of a carrier."""
+    store: Store = module.__dict__["_normed_store"]
+    return store
+
+
+def versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """How often each tensor was changed in place."""
+    try:
+        return tuple([tensor._version for tensor in tensors])
+    except (AttributeError, RuntimeError):  # None of a mask that is gone, and what inference mode made
+        return tuple([0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors])
