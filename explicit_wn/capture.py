@@ -52,16 +52,19 @@ def is_getattr_torchs() -> bool:
 
 
 def is_ordinary() -> bool:
-    """Whether nothing of all that goes on: what runs now runs for its numbers alone."""
+    """Whether nothing of all that goes on: what runs now runs for its numbers alone.
+
+    What the three functions above say, in one call: every recompute asks.
+    """
     return not (
-        _is_compiling()
+        capturing()
         or _forward_ad._current_level >= 0
         or _are_functorch_transforms_active()
         or _Module.__getattr__ is not _getattr
     )
 
 
-_is_compiling, _Module, _forward_ad = torch.compiler.is_compiling, torch.nn.Module, torch.autograd.forward_ad
+_Module, _forward_ad = torch.nn.Module, torch.autograd.forward_ad
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 
 
@@ -91,8 +94,8 @@ def held() -> Formula:
 def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
     """`formula`, computed once per trace for the same arguments as long as none of them is changed in place.
 
-    Dynamo does not look inside (see `Operator`); the tracer beneath it runs this function for
-    every read and is handed the same tensor again.
+    Dynamo does not look inside (see `Operator`); the tracer beneath it runs this function for every read and is handed
+    the same tensor again.
     """
 
     known = _once.get((formula, changing))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import middle_dim
-from .capture import is_captured
+from .capture import capturing, is_captured
 from .torchscript import is_scripting, is_traced, is_tracing, shape_of
 
 
@@ -55,7 +55,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     tensor([[6., 8.]])
     """
     if not is_scripting():
-        weight = None if torch.compiler.is_compiling() else weight_norm_by_kernel(v, g, dim, eps)
+        weight = None if capturing() else weight_norm_by_kernel(v, g, dim, eps)
         if weight is not None:
             return weight
     _check_magnitude(v, g, dim)

@@ -406,7 +406,7 @@ _DIM = 'an int, "out" or None'
 def _is_dim(value: Any) -> bool:
     if isinstance(value, str):
         return value == "out"
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+    return value is None or settings.is_int(value)
 
 
 class Folded(nn.Module):

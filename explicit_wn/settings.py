@@ -13,12 +13,17 @@ import torch
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 
+def is_int(value: Any) -> bool:
+    """Whether it is an int, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def at_least(least: int) -> Validator:
     """An int, and no bool, from `least` up."""
 
     def check(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
         wanted = f"an int from {least} up"
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not is_int(value):
             raise refusal(norm, field.name, value, wanted, TypeError)
         if value < least:
             raise refusal(norm, field.name, value, wanted)

@@ -96,7 +96,7 @@ class WeightNorm(Reparametrization):
         >>> WeightNorm.from_r("weight", 2)
         WeightNorm('weight', dim=1)
         """
-        if isinstance(dim, bool) or not (dim is None or isinstance(dim, int)):
+        if dim is not None and not settings.is_int(dim):
             raise TypeError(f"from_r({name!r}, {dim!r}): R's dim is an int, or NULL, which is None here.")
         if dim == 0:
             raise ValueError(f"from_r({name!r}, 0): R counts dimensions from 1, and refuses 0; the first one is 1.")

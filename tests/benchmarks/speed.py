@@ -259,9 +259,13 @@ def goals(rows: list[dict[str, Any]], calls: list[dict[str, Any]]) -> list[tuple
     return found
 
 
+def missed(found: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    return [goal for goal in found if round(goal[1], 2) > goal[2]]
+
+
 def goals_report(found: list[tuple[str, float, float]]) -> str:
-    missed = [f"- {name}: {value:.2f}, goal {most:.2f}" for name, value, most in found if round(value, 2) > most]
-    return "\n".join([f"Goals met: {len(found) - len(missed)} of {len(found)}. Missed:", *(missed or ["- none"])])
+    lines = [f"- {name}: {value:.2f}, goal {most:.2f}" for name, value, most in missed(found)]
+    return "\n".join([f"Goals met: {len(found) - len(lines)} of {len(found)}. Missed:", *(lines or ["- none"])])
 
 
 def as_table(rows: list[dict[str, Any]], by: str) -> str:
@@ -392,8 +396,8 @@ def main(arguments: list[str] | None = None) -> None:
     where = f"torch {torch.__version__}, {machine(chosen.device)}, {date.today()}"
     print(f"{where}. Ratios of time (and memory); lower is better.\n\n{as_report(rows, calls)}")
     if chosen.out:
-        missed = [name for name, value, most in goals(rows, calls) if round(value, 2) > most]
-        found = {"where": where, "device": chosen.device, "rows": rows, "calls": calls, "goals missed": missed}
+        names = [name for name, *_ in missed(goals(rows, calls))]
+        found = {"where": where, "device": chosen.device, "rows": rows, "calls": calls, "goals missed": names}
         (chosen.out / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
         chart(rows, chosen.out / "speed.png", where)
 
