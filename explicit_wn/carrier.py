@@ -18,7 +18,7 @@ import inspect
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from threading import get_ident
 from typing import Any
 
@@ -135,14 +135,6 @@ def _is_held(module: nn.Module, recipe: Recipe) -> bool:
     if not store_of(module).held or torchscript.is_traced():
         return False
     return capture.is_getattr_torchs() or not isinstance(getattr(module, recipe.attributes[0]), torch.fx.Proxy)
-
-
-def release(store: Store, recipes: Iterable[Recipe]) -> None:
-    """Drops the weights that only the forward of their own module may use."""
-    if not store.held:
-        for recipe in recipes:
-            if recipe.inlined:
-                store.pop(recipe.name, None)
 
 
 on_read: Callable[[nn.Module, Recipe], None] | None = None

@@ -105,22 +105,21 @@ def cached(model: Model) -> Iterator[Model]:
     """
     _check("cached", model)
     carriers = [module for module in model.modules() if carrier.recipes_of(module)]
-    stores = [(store_of(module), carrier.recipes_of(module)) for module in carriers]
+    not_kept = [(store_of(m), [recipe.name for recipe in carrier.recipes_of(m) if recipe.inlined]) for m in carriers]
     block = Block()
     try:
         try:
+            for store, _ in not_kept:
+                store.begin(block)
             recompute_all(model)
-            for store, _ in stores:
-                store.blocks.append(block)
             block.active = True
             yield model
         finally:
             block.active = False  # from here on no weight is held, whatever interrupts the rest
     finally:
         block.active = False
-        for store, recipes in stores:
-            store.blocks[:] = [other for other in store.blocks if other is not block]
-            carrier.release(store, recipes)
+        for store, names in not_kept:
+            store.end(block, names)
 
 
 def convert(model: nn.Module) -> list[str]:

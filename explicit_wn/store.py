@@ -1,5 +1,7 @@
 """What a carrier remembers: the weights as they were last computed, and from what."""
 
+from collections.abc import Iterable
+from threading import Lock
 from typing import Any
 
 import attrs
@@ -28,12 +30,16 @@ class Block:
     active: bool = False
 
 
+_blocks_change = Lock()
+
+
 class Store(dict[str, Stored]):
     """The stored weights of one module, by name. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks: list[Block] = []
+        self.blocks: tuple[Block, ...] = ()
+        """The `cached` blocks that run, in whatever thread; replaced, and never changed, since others read it."""
         self.running: dict[tuple[int, str], Tensor] = {}
         """The inlined weights of the forwards that run now, by thread and name."""
         self.copying: set[int] = set()
@@ -46,6 +52,19 @@ class Store(dict[str, Stored]):
             if block.active:
                 return True
         return False
+
+    def begin(self, block: Block) -> None:
+        """Lets `block` hold the weights, as soon as it is active."""
+        with _blocks_change:
+            self.blocks = (*self.blocks, block)
+
+    def end(self, block: Block, not_kept: Iterable[str]) -> None:
+        """Ends `block`, and with the last one what is `not_kept` without one."""
+        with _blocks_change:
+            self.blocks = tuple([other for other in self.blocks if other is not block])
+            if not self.blocks:
+                for name in not_kept:
+                    self.pop(name, None)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[type["Store"], tuple[()]]:
         return Store, ()

@@ -24,10 +24,10 @@ def recompute(module):
     if not is_ordinary():
         return carefully.recompute_recipe(module, recipe)
     store = module._normed_store
-    if store.blocks and store.held and not is_traced():
-        return
+    if store.blocks and store.held:
+        return carefully.recompute_recipe(module, recipe) if is_traced() else None
     {find_parts}
-    if {parts_are_unusual} or store.blocks or store.running:
+    if {parts_are_unusual} or store.running:
         return carefully.recompute_recipe(module, recipe)
     {advance}
     store.pop({name!r}, None)  # freed before its successor is allocated: the same memory is used again

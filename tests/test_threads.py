@@ -18,6 +18,8 @@ from whole_models import normed_weight, spectral_weight
 
 import explicit_wn
 from explicit_wn import SpectralNorm, WeightNorm, cached, carrier
+from explicit_wn import model as models
+from explicit_wn.store import Block, Store
 
 THREADS = 16
 
@@ -223,6 +225,21 @@ def test_blocks_of_cached_in_many_threads_end_without_a_trace(case: Case) -> Non
     torch.testing.assert_close(model(x).detach(), case[1](model, tensors_of(model), x))
 
 
+def test_blocks_of_many_threads_begin_and_end_in_one_store() -> None:
+    store = Store()
+
+    def work() -> None:
+        for _ in range(2000):
+            block = Block()
+            store.begin(block)
+            block.active = True
+            assert store.held
+            store.end(block, [])
+
+    in_threads(*[work] * 8)
+    assert not store.blocks
+
+
 def test_threads_that_norm_and_end_norms_of_one_class_do_not_meet() -> None:
     """They share the generated class, and make it at the same time."""
 
@@ -250,7 +267,7 @@ def instructions_run(act: Callable[[], Any], between: Callable[[], Any], at: int
     instructions: list[tuple[CodeType, int]] = []
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith((carrier.__file__, "<explicit_wn")):
+        if not frame.f_code.co_filename.startswith((carrier.__file__, models.__file__, "<explicit_wn")):
             return None  # the formulas know no module, hence no other thread
         frame.f_trace_opcodes = True
         if event == "opcode":
@@ -311,7 +328,15 @@ INTERLEAVED: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("case", INTERLEAVED.values(), ids=INTERLEAVED)
-@pytest.mark.parametrize("pair", ["inference in training", "a cached block in training", "training in inference"])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "inference in training",
+        "a cached block in training",
+        "training in inference",
+        "a cached block in a cached block",
+    ],
+)
 def test_what_another_thread_does_between_any_two_instructions_is_not_seen(case: Case, pair: str) -> None:
     model, x = stale(case), torch.randn(*case[2])
     output, gradients = case[1](model, tensors_of(model), x), expected_gradients(case, model, x)
