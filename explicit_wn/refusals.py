@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from . import carrier, torchscript
-from .recipe import Recipe
+from . import carrier
+from .carrier import Recipe
+from .contexts import torchscript
 
 
 @attrs.frozen(eq=False)

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import carrier, refusals, settings
-from .interface import WhatApplyReturns
+from .carrier import Recipe, all_or_nothing, recipe_for, store_of, values_or_nothing
+from .contexts.interface import WhatApplyReturns
+from .contexts.torchscript import is_scripted, is_scripting
 from .layers import TRANSPOSED
-from .recipe import Recipe, recipe_for
 from .refusals import Asked
-from .store import store_of
-from .torchscript import is_scripted, is_scripting
-from .undo import all_or_nothing, values_or_nothing
 
 Module = TypeVar("Module", bound=nn.Module)
 Self = TypeVar("Self", bound="Reparametrization")
@@ -282,8 +280,7 @@ class Reparametrization(nn.Module):
         carrier.carry(module, (*carrier.recipes_of(module), recipe))
 
     def _recipe_for(self, parts: tuple[str, ...], owner: str, inlined: bool) -> Recipe:
-        settings = tuple((f.name, getattr(self, f.name)) for f in attrs.fields(type(self)))  # type: ignore[arg-type]
-        return recipe_for(type(self), settings, parts, owner, inlined)
+        return recipe_for(self, parts, owner, inlined)
 
     def _resolve(self: Self, module: Any, name: str | None, dim: int | str | None) -> tuple[Self, nn.Parameter]:
         """This norm with the settings that hold for one parameter of `module`, and that parameter."""
@@ -370,7 +367,7 @@ class Reparametrization(nn.Module):
         ours = [recipe for recipe in carrier.recipes_of(module) if self.label in recipe.labels]
         found = [recipe for recipe in ours if name is None or recipe.name == name]
         if not found and name is not None:
-            found = [r for r in carrier.recipes_of(module) if r.name == name and r.norm_class is type(self)]
+            found = [r for r in carrier.recipes_of(module) if r.name == name and type(r.norm) is type(self)]
         return found
 
     def _recipes(self, module: Any, name: str | None) -> list[Recipe]:

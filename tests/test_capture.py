@@ -20,7 +20,8 @@ from layers import make_stale
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
-from explicit_wn import SpectralNorm, WeightNorm, capture, carrier, recompute_all
+from explicit_wn import SpectralNorm, WeightNorm, carrier, recompute_all
+from explicit_wn.contexts import capture
 from explicit_wn.functional import weight_norm
 
 
@@ -222,7 +223,7 @@ def test_within_a_trace_a_changed_part_makes_a_new_tensor(part: int) -> None:
 
 
 def test_the_copy_that_a_backward_keeps_is_registered_once() -> None:
-    assert capture.held() is capture.held()
+    assert capture._kept_copy() is capture._kept_copy()
 
 
 def test_two_traces_share_nothing() -> None:
@@ -290,7 +291,8 @@ def test_pin_dynamo_leaves_an_operator_in_its_graph_as_it_is() -> None:
 def test_a_formula_that_may_be_another_one_tomorrow_has_another_name_then() -> None:
     """torch keeps compiled graphs on disk, and knows the operators in them by their names alone."""
     program = """if True:
-        from explicit_wn import capture, functional
+        from explicit_wn import functional
+        from explicit_wn.contexts import capture
         print(capture._fingerprint(functional.weight_norm, {"dim": 0, "eps": 0.0}))
         print(capture._fingerprint(functional.weight_norm, {"dim": 1, "eps": 0.0}))
         print(capture._fingerprint(functional.spectral_norm, {"dim": 0, "eps": 0.0}))

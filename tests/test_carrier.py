@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from explicit_wn import WeightNorm, carrier, functional
-from explicit_wn.recipe import Recipe
+from explicit_wn.carrier.recipe import recipe_from
 
 Factory = Callable[[], nn.Module]
 
@@ -329,7 +329,7 @@ def recipe(
     owner: Any = "weight",
     inlined: Any = False,
 ) -> Naming:
-    return Naming(Recipe, norm_class, settings, parts, owner, inlined)
+    return Naming(recipe_from, norm_class, settings, parts, owner, inlined)
 
 
 def with_setting(name: str, value: Any) -> tuple[tuple[str, Any], ...]:

@@ -29,7 +29,9 @@ from whole_models import (
     spectral_weight,
 )
 
-from explicit_wn import SpectralNorm, WeightNorm, apply_all, carrier, convert, fold, spellings, undo
+from explicit_wn import SpectralNorm, WeightNorm, apply_all, carrier, convert, fold
+from explicit_wn.carrier import undo
+from explicit_wn.models import spellings
 
 Make = Callable[[], nn.Module]
 Verb = Callable[[nn.Module], Any]
@@ -54,7 +56,7 @@ class Fault(Exception):
 
 WATCHED = (PACKAGE, "<explicit_wn", nn.modules.module.__file__, nn.utils.parametrize.__file__, contextlib.__file__)
 
-WHERE_MODULES_CHANGE = [carrier.__file__, undo.__file__, spellings.__file__, contextlib.__file__]
+WHERE_MODULES_CHANGE = [module.__file__ for module in (carrier.module, carrier.weight, undo, spellings, contextlib)]
 
 Call = tuple[str, str, int, str]
 

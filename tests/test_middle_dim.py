@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from explicit_wn import WeightNorm, functional, middle_dim
+from explicit_wn import WeightNorm, functional
+from explicit_wn.functional import middle_dim
 
 CASES = [((16, 32, 9), 1), ((8, 16, 6, 6), 1), ((8, 6, 16, 6), 2), ((3, 8, 5, 4, 12), 3), ((1, 64, 64), 1)]
 IN_BLOCKS = [((1200, 256, 3), 1), ((3, 2, 300000, 1), 2)]  # three and a half of them; rows that are longer than one

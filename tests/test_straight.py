@@ -1,4 +1,4 @@
-"""The straight functions of `straight.py` do what the careful ones of `carrier.py` do, whatever else is going on."""
+"""The straight functions of `straight.py` do what the careful ones of `weight.py` do, whatever else is going on."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from explicit_wn import SpectralNorm, WeightNorm, cached, carrier, detect_stale, fold, functional, recompute_all
-from explicit_wn.recipe import Recipe
-from explicit_wn.straight import Straight
+from explicit_wn.carrier import Recipe, weight
+from explicit_wn.carrier.straight import Straight
 
 
 def careful(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
@@ -23,17 +23,17 @@ def careful(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
     return Straight(
         recipe,
         recipe.name,
-        lambda module: carrier.recompute_recipe(module, recipe),
-        lambda module: carrier.advance_and_compute(module, recipe),
-        lambda module: carrier.read(module, recipe),
+        lambda module: weight.recompute_recipe(module, recipe),
+        lambda module: weight.advance_and_compute(module, recipe),
+        lambda module: weight.read(module, recipe),
     )
 
 
 @contextlib.contextmanager
 def everything_careful() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(carrier, "write_straight", careful)
-        patch.setattr(carrier, "_classes", {})
+        patch.setattr(carrier.module, "write_straight", careful)
+        patch.setattr(carrier.module, "_classes", {})
         yield
 
 

@@ -29,6 +29,7 @@ from explicit_wn import (
     report,
     steps,
 )
+from explicit_wn.carrier import weight
 from explicit_wn.reparametrization import Reparametrization
 from explicit_wn.teaching import StaleWeightError
 
@@ -658,7 +659,7 @@ def test_other_errors_pass_through() -> None:
         with pytest.raises(type(error)) as caught, detect_stale(net):
             fail()
         assert caught.value is error
-        assert carrier.on_read is None
+        assert weight.on_read is None
 
 
 # cached
@@ -688,11 +689,11 @@ def test_two_backwards_in_one_cached_block_are_explained() -> None:
 def test_it_is_off_before_and_after_and_leaves_nothing_behind() -> None:
     net = Net()
     keys = [set(vars(module)) for module in net.modules()]
-    assert carrier.on_read is None
+    assert weight.on_read is None
     with detect_stale(net):
-        assert carrier.on_read is not None
+        assert weight.on_read is not None
         net(X)
-    assert carrier.on_read is None
+    assert weight.on_read is None
     assert [set(vars(module)) for module in net.modules()] == keys
     make_stale(net.block.layers[0])
     net(X)  # silently stale, as ever
@@ -721,7 +722,7 @@ def test_blocks_nest() -> None:
             net.block(X)  # the model of the outer block names it
         with pytest.raises(StaleWeightError):
             net(X)
-    assert carrier.on_read is None
+    assert weight.on_read is None
 
 
 def test_the_inner_of_two_blocks_explains_a_second_backward() -> None:
@@ -742,7 +743,7 @@ def test_it_decorates_a_function() -> None:
         with pytest.raises(StaleWeightError):
             train()
         recompute_all(net)
-    assert carrier.on_read is None
+    assert weight.on_read is None
 
 
 def in_thread(function: Callable[[], Any]) -> Any:
@@ -789,11 +790,11 @@ def test_threads_enter_and_leave_in_any_order() -> None:
         thread.start()
         entered.wait(60)
     net(X)  # this thread has left
-    assert carrier.on_read is not None
+    assert weight.on_read is not None
     leave.set()
     thread.join(60)
     assert isinstance(found[0], StaleWeightError)
-    assert carrier.on_read is None
+    assert weight.on_read is None
 
 
 def in_same_thread(function: Callable[[], Any]) -> Any:
@@ -1023,7 +1024,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
         "grads": [parameter.grad for parameter in model.parameters()],
         "random": torch.get_rng_state(),
         "modes": torch.overrides._get_current_function_mode_stack(),
-        "on_read": carrier.on_read,
+        "on_read": weight.on_read,
     }
 
 

@@ -18,8 +18,8 @@ from whole_models import normed_weight, spectral_weight
 
 import explicit_wn
 from explicit_wn import SpectralNorm, WeightNorm, cached, carrier
-from explicit_wn import model as models
-from explicit_wn.store import Block, Store
+from explicit_wn.carrier import Block, Store, weight
+from explicit_wn.models import verbs
 
 THREADS = 16
 
@@ -267,7 +267,7 @@ def instructions_run(act: Callable[[], Any], between: Callable[[], Any], at: int
     instructions: list[tuple[CodeType, int]] = []
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith((carrier.__file__, models.__file__, "<explicit_wn")):
+        if not frame.f_code.co_filename.startswith((weight.__file__, verbs.__file__, "<explicit_wn")):
             return None  # the formulas know no module, hence no other thread
         frame.f_trace_opcodes = True
         if event == "opcode":

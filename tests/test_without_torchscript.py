@@ -269,7 +269,7 @@ def main(removal: str) -> None:
     REMOVALS[removal]()
     import explicit_wn
 
-    seen = explicit_wn.torchscript.torch  # type: ignore[attr-defined]
+    seen = explicit_wn.contexts.torchscript.torch  # type: ignore[attr-defined]
     sys.modules["torch"] = torch
     assert (seen is torch) == (removal == "the_compiler")
     assert not hasattr(getattr(seen, "jit", None), "interface")

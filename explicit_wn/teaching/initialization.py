@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import carrier
+from ..carrier import Recipe, store_of
 from ..layers import LAYERS, TRANSPOSED, qualified
-from ..recipe import Recipe
-from ..store import store_of
-from ..weight_norm import WeightNorm
+from ..norms import WeightNorm
 
 _FUNCTIONS = [nn.functional.linear]
 _FUNCTIONS += [nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d]
@@ -68,18 +67,18 @@ def _layers_to_initialize(model: nn.Module) -> dict[str, nn.Module]:
         for recipe in carrier.recipes_of(module):
             if isinstance(module, LAYERS) and isinstance(recipe.norm, WeightNorm) and recipe.name == "weight":
                 layers[path] = module
-                objection = _objection(module, recipe)
-                if objection:
-                    raise _cannot(path, module, objection)
+                why_not = _why_not(module, recipe)
+                if why_not:
+                    raise _cannot(path, module, why_not)
     return layers
 
 
-def _cannot(path: str, module: nn.Module, objection: str) -> ValueError:
+def _cannot(path: str, module: nn.Module, why_not: str) -> ValueError:
     where = f"{path} ({carrier.base_of(module).__name__})" if path else f"this {carrier.base_of(module).__name__}"
-    return ValueError(f"data_dependent_init cannot initialize {where}: {objection}.")
+    return ValueError(f"data_dependent_init cannot initialize {where}: {why_not}.")
 
 
-def _objection(module: nn.Module, recipe: Recipe) -> str | None:
+def _why_not(module: nn.Module, recipe: Recipe) -> str | None:
     """Why a layer cannot have mean 0 and variance 1 in every channel, and the way out."""
     output, dim = int(isinstance(module, TRANSPOSED)), recipe.norm.dim
     for name in ("weight_g", "weight_v", "bias"):
@@ -166,10 +165,10 @@ def _initialize(path: str, layer: Any, compute: Callable[[Tensor, Tensor | None]
         bad = (~(deviation > least) | deviation.isinf()).nonzero().flatten().tolist()
         if bad:
             shown = f"{bad[:5]} and {len(bad) - 5} more" if len(bad) > 5 else str(bad)
-            objection = f"over the {values.shape[1]} values of each, its output channels {shown} do not vary"
+            why_not = f"over the {values.shape[1]} values of each, its output channels {shown} do not vary"
             if not deviation.isfinite().all():
-                objection = f"its output channels {shown} are not finite"
-            raise _cannot(path, layer, f"{objection}; give another batch, or initialize v otherwise")
+                why_not = f"its output channels {shown} are not finite"
+            raise _cannot(path, layer, f"{why_not}; give another batch, or initialize v otherwise")
         g.copy_((1 / deviation).view_as(g))
         layer.bias.copy_(-mean / deviation)
         return carrier.refresh(layer, recipe)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import carrier
+from ..carrier import Recipe, Stored, store_of, weight
+from ..contexts.torchscript import is_tracing
 from ..layers import qualified
-from ..recipe import Recipe
 from ..reparametrization import Reparametrization
-from ..store import Stored, store_of
-from ..torchscript import is_tracing
 
 
 class StaleWeightError(RuntimeError):
@@ -63,7 +62,7 @@ def detect_stale(model: nn.Module | None = None) -> Iterator[None]:
     try:
         with _lock:
             _active.append(watch)
-            carrier.on_read = _on_read
+            weight.on_read = _on_read
         _watching.set((watch, *_watching.get()))
         yield
     except RuntimeError as error:
@@ -74,7 +73,7 @@ def detect_stale(model: nn.Module | None = None) -> Iterator[None]:
         _watching.set(tuple(other for other in _watching.get() if other is not watch))
         with _lock:
             _active.remove(watch)
-            carrier.on_read = _on_read if _active else None
+            weight.on_read = _on_read if _active else None
 
 
 @attrs.define(eq=False)
@@ -129,7 +128,7 @@ def _is_torchscript_looking() -> bool:
     return is_tracing() or reader.startswith(("torch.jit", "torch._jit"))
 
 
-_OURS = str(Path(carrier.__file__).parent)
+_OURS = str(Path(__file__).parents[1])
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -194,7 +193,7 @@ def _on_used_up(module: nn.Module, recipe: Recipe, models: list[nn.Module]) -> s
 
 def _name_and_advice(module: nn.Module, recipe: Recipe, models: list[nn.Module]) -> tuple[str, str]:
     """What the weight is called, and which line recomputes it where."""
-    model, path = _find(module, models)
+    model, path = _path_of(module, models)
     name = f"{qualified(path, recipe.name)} of this {carrier.base_of(model).__name__}"
     names = path.split(".") if path else []
     norm, place = "wn", "before the model is called"
@@ -215,7 +214,7 @@ def _is_norm_of(recipe: Recipe, module: nn.Module | None) -> bool:
     return isinstance(module, Reparametrization) and module.label in recipe.labels
 
 
-def _find(module: nn.Module, models: list[nn.Module]) -> tuple[nn.Module, str]:
+def _path_of(module: nn.Module, models: list[nn.Module]) -> tuple[nn.Module, str]:
     """The path of `module`, and the model in which it has that path: a given one, or the outermost one running."""
     running: list[nn.Module] = []
     frame = sys._getframe()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import carrier
+from ..carrier import Recipe
 from ..layers import qualified
-from ..recipe import Recipe
 from ..table import Table, shape_shown
 
 

@@ -7,8 +7,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from . import functional, settings
-from .reparametrization import Reparametrization
+from .. import functional, settings
+from ..reparametrization import Reparametrization
 
 
 def spectral_norm_steps(

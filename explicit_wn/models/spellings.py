@@ -20,10 +20,10 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 
-from . import carrier, torchscript
-from .reparametrization import Reparametrization
-from .spectral_norm import SpectralNorm
-from .weight_norm import WeightNorm
+from .. import carrier
+from ..contexts import torchscript
+from ..norms import SpectralNorm, WeightNorm
+from ..reparametrization import Reparametrization
 
 
 @attrs.frozen(eq=False)
@@ -44,13 +44,13 @@ class Found:
     """The weight's shape."""
     stale: bool
     """Whether the weight in the module is not what the parts make."""
-    objection: str | None
+    why_not: str | None
     """Why it cannot become ours, and the way out."""
 
     @property
     def is_norm(self) -> bool:
         """Whether it is a weight norm or a spectral norm, perhaps among others."""
-        return self.norm is not None or self.objection is not None
+        return self.norm is not None or self.why_not is not None
 
 
 def find(module: nn.Module) -> Iterator[Found]:
@@ -67,18 +67,18 @@ def _from_hook(module: nn.Module, hook: Any) -> Found:
     name, kind, names = hook.name, type(hook), ["g", "v"]
     if isinstance(hook, SpectralNormHook):
         names = ["orig", "u", "v"]
-        norm, objection = _made(SpectralNorm, name, hook.n_power_iterations, max(_SMALLEST, hook.eps), hook.dim)
+        norm, why_not = _made(SpectralNorm, name, hook.n_power_iterations, max(_SMALLEST, hook.eps), hook.dim)
     else:
-        norm, objection = _made(WeightNorm, name, None if hook.dim == -1 else hook.dim)
+        norm, why_not = _made(WeightNorm, name, None if hook.dim == -1 else hook.dim)
     own: dict[str, Any] = {**module._parameters, **module._buffers}
     parts = {part: own[f"{name}_{part}"] for part in names if f"{name}_{part}" in own}
     if kind not in (WeightNormHook, SpectralNormHook):
-        objection = f"its hook is a {kind.__module__}.{kind.__qualname__}, not torch's; remove that hook its own way"
+        why_not = f"its hook is a {kind.__module__}.{kind.__qualname__}, not torch's; remove that hook its own way"
     elif len(parts) < len(names):
-        objection = "a part of it is computed by another tool (parametrize or prune); end that first"
+        why_not = "a part of it is computed by another tool (parametrize or prune); end that first"
     whole = getattr(module, f"{name}_{names[0]}" if len(names) == 3 else f"{name}_v")
     stale = norm is not None and len(parts) == len(names) and _differs(norm, parts, vars(module).get(name))
-    return Found(name, "hook", norm, norm.kind if norm else kind.__name__, parts, tuple(whole.shape), stale, objection)
+    return Found(name, "hook", norm, norm.kind if norm else kind.__name__, parts, tuple(whole.shape), stale, why_not)
 
 
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -112,35 +112,35 @@ def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
     kinds = ", ".join(type(one).__name__.lstrip("_") for one in applied)
     parts = dict(applied.named_parameters(recurse=False))
     norm: Reparametrization | None = None
-    objection: str | None = None
+    why_not: str | None = None
     last = next(iter(parts.values()))
     if (
         len(applied) == 1
         and isinstance(applied[0], _NORMS)
         and any(part.startswith("original") for part in applied._buffers)
     ):
-        objection = "its parts are computed by another tool (prune, say); end that first"
+        why_not = "its parts are computed by another tool (prune, say); end that first"
     elif type(applied[0]) is _NORMS[0] and len(applied) == 1:
         parts = {"g": parts["original0"], "v": parts["original1"]}
         last = parts["v"]
-        norm, objection = _made(WeightNorm, name, None if applied[0].dim == -1 else applied[0].dim)
+        norm, why_not = _made(WeightNorm, name, None if applied[0].dim == -1 else applied[0].dim)
     elif type(applied[0]) is _NORMS[1] and len(applied) == 1:
         one = applied[0]
         iterations = getattr(one, "n_power_iterations", 1)  # a vector's has none
-        norm, objection = _made(SpectralNorm, name, iterations, max(_SMALLEST, one.eps), one.dim, first="u")
+        norm, why_not = _made(SpectralNorm, name, iterations, max(_SMALLEST, one.eps), one.dim, first="u")
         parts = {"orig": last, **{part: one._buffers[f"_{part}"] for part in "uv" if f"_{part}" in one._buffers}}
     elif any(isinstance(one, _NORMS) for one in applied):
-        objection = (
+        why_not = (
             f"it is parametrized by {kinds}, which is more than torch's norm; end the rest first, with "
             f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
         )
     others = [other for other, list_ in module.parametrizations.items() if not isinstance(list_[0], _NORMS)]  # type: ignore[union-attr, operator]
     if norm and others and carrier.recipes_of(module):
-        objection = (
+        why_not = (
             f"the module carries a norm of ours, and {others[0]!r} is parametrized otherwise; end one of them first"
         )
     kind = norm.kind if norm else kinds
-    return Found(name, "parametrization", norm, kind, parts, tuple(last.shape), False, objection)
+    return Found(name, "parametrization", norm, kind, parts, tuple(last.shape), False, why_not)
 
 
 _SIGNS = (  # what norms of other projects call their parts: the kind, what has the weight's shape, a vector beside it

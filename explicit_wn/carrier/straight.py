@@ -1,6 +1,6 @@
 """The ordinary case of computing and reading a weight, written out as source for each class that carries one.
 
-`carrier.py` defines what is right in every case, in functions that can be read. A small layer feels each of them, so
+`weight.py` defines what is right in every case, in functions that can be read. A small layer feels each of them, so
 here is what they do where nothing unusual is going on: the parts are the module's own, no graph is captured, no
 transform runs, no block holds the weights. Whatever is not so goes back to them at the first line.
 """
@@ -14,10 +14,10 @@ from typing import Any
 import attrs
 from torch import Tensor, nn
 
-from . import capture
+from ..contexts import capture
+from ..contexts.torchscript import is_traced
+from ..source import define, literal
 from .recipe import Recipe
-from .source import define, literal
-from .torchscript import is_traced
 
 RECOMPUTE = """
 def recompute(module):
@@ -128,7 +128,7 @@ def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
         "advance": "",
         "value": f"formula({', '.join(given + _options(recipe.formula_options))})",
     }
-    quick = _quick_of(recipe.norm_class)
+    quick = _quick_of(type(recipe.norm))
     if quick is not None:
         own_names = dict(zip(recipe.parts, names, strict=True)) | {k: literal(v) for k, v in recipe.settings}
         arguments = ", ".join(own_names[parameter] for parameter in inspect.signature(quick).parameters)

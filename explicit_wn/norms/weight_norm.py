@@ -6,9 +6,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from . import settings
-from .functional import norm_except_dim, weight_norm, weight_norm_by_kernel
-from .reparametrization import Reparametrization
+from .. import settings
+from ..functional import norm_except_dim, weight_norm
+from ..functional.weight import weight_norm_by_kernel
+from ..reparametrization import Reparametrization
 
 
 def weight_norm_steps(

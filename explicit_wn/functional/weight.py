@@ -1,13 +1,13 @@
-"""The mathematics: tensors in, tensors out. Every function here is plain Python that `torch.jit.script` compiles."""
+"""Weight norm on tensors."""
 
 from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
+from ..contexts.capture import capturing, is_captured
+from ..contexts.torchscript import is_scripting, is_traced, is_tracing, shape_of
 from . import middle_dim
-from .capture import capturing, is_captured
-from .torchscript import is_scripting, is_traced, is_tracing, shape_of
 
 
 def norm_except_dim(v: Tensor, pow: Union[int, float] = 2, dim: Optional[int] = 0) -> Tensor:
@@ -147,63 +147,3 @@ def _in_layout_of(v: Tensor, weight: Tensor) -> Tensor:
     if isinstance(v, Tensor) and v.dim() >= 4 and not v.is_contiguous() and v.stride(1) == 1:
         return weight.movedim(1, -1).contiguous().movedim(-1, 1)
     return weight
-
-
-def as_matrix(weight: Tensor, dim: int = 0) -> Tensor:
-    """`weight` with `dim` as its rows and everything else as its columns.
-
-    >>> as_matrix(torch.ones(2, 3, 4), dim=1).shape
-    torch.Size([3, 8])
-    """
-    rows = weight if dim == 0 else weight.movedim(dim, 0)
-    return rows.reshape(rows.size(0), -1)
-
-
-def power_iteration(
-    orig: Tensor, u: Tensor, v: Tensor, dim: int = 0, n_power_iterations: int = 1, eps: float = 1e-12, first: str = "v"
-) -> None:
-    """Brings `u` and `v`, in place, nearer to the first left and right singular vectors of `orig` as a matrix.
-
-    Args:
-        orig: the weight.
-        u: a unit vector with an entry for each row.
-        v: a unit vector with an entry for each column.
-        dim: which dimension of `orig` are the rows.
-        n_power_iterations: how often to multiply by the matrix and its transpose.
-        eps: the smallest length that is divided by.
-        first: which vector an iteration renews first: `"v"` from u, as torch's hook does, or `"u"` from v, as its
-            parametrization does.
-
-    >>> W, u, v = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([0.6, 0.8]), torch.tensor([0.6, 0.8])
-    >>> power_iteration(W, u, v, n_power_iterations=20)
-    >>> u, spectral_norm(W, u, v)[0, 0]
-    (tensor([1.0000e+00, 1.0967e-19]), tensor(1.))
-    """
-    with torch.no_grad():
-        # detached as well, since torch.jit.trace does not record no_grad
-        matrix = as_matrix(orig.detach(), dim).to(u.dtype)
-        for _ in range(n_power_iterations):
-            if first == "u":
-                torch.nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=eps, out=u)
-            torch.nn.functional.normalize(torch.mv(matrix.t(), u), dim=0, eps=eps, out=v)
-            if first == "v":
-                torch.nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=eps, out=u)
-
-
-def spectral_norm(
-    orig: Tensor, u: Optional[Tensor] = None, v: Optional[Tensor] = None, dim: int = 0, eps: float = 1e-12
-) -> Tensor:
-    """Spectral normalization: `orig / σ`, where σ = uᵀ·W·v and W is `orig` as a matrix.
-
-    A vector has no u and v: it is divided by its length, which is at least `eps`.
-
-    >>> spectral_norm(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0]))
-    tensor([[1.0000, 0.0000],
-            [0.0000, 0.3333]])
-    """
-    if u is None or v is None:
-        return torch.nn.functional.normalize(orig, dim=0, eps=eps)
-    # the next power iteration changes u and v in place, perhaps before the gradient of this is taken: hence the copies
-    u, v = u.clone(), v.clone()
-    matrix = as_matrix(orig, dim).to(u.dtype)  # FSDP2 computes in half precision while buffers stay in single
-    return orig / torch.dot(u, torch.mv(matrix, v))

@@ -1,7 +1,7 @@
 """All that `torch.jit` needs; nothing else in the package knows TorchScript.
 
 TorchScript compiles source text, looks attributes up by literal names, and passes a module as an argument only through
-a *module interface*. So every class that `carrier.py` makes gets methods whose source is written here.
+a *module interface*. So every class of a carrier gets methods whose source is written here.
 
 A torch that has dropped TorchScript does without all this: then `script` says so, and everything else works.
 """
@@ -19,14 +19,14 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .source import define, literal
+from ..source import define, literal
 
 _jit: Any = getattr(torch, "jit", None)
 _USED = ("Attribute", "annotations", "export", "freeze", "interface", "script")
 IS_THERE = all(hasattr(_jit, name) for name in _USED) and hasattr(torch._C, "_jit_pass_inline")
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from ..carrier.recipe import Recipe
 
 
 def _never() -> bool:

@@ -25,6 +25,8 @@ from torch import Tensor
 
 Formula = Callable[..., Tensor]
 
+_PACKAGE = __name__.partition(".")[0]
+
 _once: "weakref.WeakValueDictionary[Any, Formula]" = weakref.WeakValueDictionary()
 _traces: "weakref.WeakKeyDictionary[Any, dict[Any, Any]]" = weakref.WeakKeyDictionary()
 
@@ -69,14 +71,14 @@ _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 
 
 @functools.cache
-def held() -> Formula:
+def _kept_copy() -> Formula:
     """A copy that the backward of a compiled graph keeps, where it would make a `clone` again.
 
     It would make it from a buffer that the forward has changed in place meanwhile, and get another gradient
     (https://github.com/pytorch/pytorch/pull/197039).
     """
 
-    @torch.library.custom_op("explicit_wn::held", mutates_args=())
+    @torch.library.custom_op("explicit_wn::kept_copy", mutates_args=())
     def copy(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
@@ -95,9 +97,19 @@ def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
     """`formula`, computed once per trace for the same arguments as long as none of them is changed in place.
 
     Dynamo does not look inside (see `Operator`); the tracer beneath it runs this function for every read and is handed
-    the same tensor again.
-    """
+    the same tensor again. In
 
+        self.wn.recompute(self.fc)     # within a graph this stores nothing
+        a = x @ self.fc.weight         # computes; the key is (formula, v, g), the state (versions, grad on)
+        b = y @ self.fc.weight         # the same key in the same state: the tensor of the line before
+        with torch.no_grad():
+            c = z @ self.fc.weight     # another state: computes again, without a gradient
+        self.fc.weight_g.mul_(2)
+        d = x @ self.fc.weight         # another version of g: computes again
+
+    a trace holds three computations, and the program that comes of it has them each time that it runs. Parts that are
+    `changing` (u and v, which the next iteration changes in place) go in as copies where there may be a backward.
+    """
     known = _once.get((formula, changing))
     if known is not None:
         return known
@@ -119,13 +131,13 @@ def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
         made = _traces.setdefault(trace.tracer, {})
         if key not in made or made[key][0] != state:
             if torch.is_grad_enabled() and not torch.compiler.is_exporting():
-                arguments |= {name: held()(arguments[name]) for name in changing if name in arguments}
+                arguments |= {name: _kept_copy()(arguments[name]) for name in changing if name in arguments}
             made[key] = state, formula(**arguments), tensors  # the tensors are kept, so that no id is used again
         result: Tensor = made[key][1]
         return result
 
     if changing:
-        held()  # registered now, which takes milliseconds, and not while a graph is captured
+        _kept_copy()  # registered now, which takes milliseconds, and not while a graph is captured
     _once[formula, changing] = computed_once
     return computed_once
 
@@ -181,13 +193,13 @@ def _fingerprint(formula: Formula, *more: Any) -> str:
 
     What is not of this package may be another formula in the next process, and has another name there.
     """
-    code = _own_code() if formula.__module__.startswith(f"{__package__}.") else uuid.uuid4().hex
+    code = _own_code() if formula.__module__.startswith(f"{_PACKAGE}.") else uuid.uuid4().hex
     return hashlib.sha256(f"{code} {formula.__module__} {formula.__qualname__} {more}".encode()).hexdigest()[:16]
 
 
 @functools.cache
 def _own_code() -> str:
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

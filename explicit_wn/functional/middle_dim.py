@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import capture
+from ..contexts import capture
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,190 @@
+"""The generated class of a carrier: how it is copied, moved and loaded, and how a module becomes one."""
+
+import contextlib
+import copyreg
+import inspect
+import weakref
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..contexts import torchscript
+from . import weight
+from .recipe import Recipe, base_of
+from .store import Store, store_of
+from .straight import Straight, recompute_of
+from .straight import straight as write_straight
+from .undo import all_or_nothing, values_or_nothing
+from .weight import Derived, FlatWeights, recompute, run_inlined
+
+
+class Carrier(nn.Module):
+    """The first base of every generated class."""
+
+    _normed: tuple[Recipe, ...] = ()
+    _normed_straight: list[Straight] = []
+    _normed_recompute: dict[str, Callable[[nn.Module], None]] = {}
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        return ", ".join([*([own] if own else []), *(recipe.norm.describe() for recipe in self._normed)])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        descriptor = getattr(type(self), name, None)
+        if isinstance(descriptor, Derived):
+            descriptor.__set__(self, value)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if isinstance(getattr(type(self), name, None), Derived):
+            setattr(self, name, param)
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        store_of(self).clear()
+        applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        store_of(self).clear()
+        return applied
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        errors = rest[-1]  # what load_state_dict raises in the end
+        known = len(errors)
+        with contextlib.suppress(_DoesNotFit), all_or_nothing(self), values_or_nothing(_own_tensors(self)):
+            for recipe in self._normed:
+                recipe.norm.respell(state_dict, prefix, recipe.parts)
+                problem = _split_plain(self, recipe, state_dict, prefix)
+                if problem:
+                    errors.append(problem)
+            if len(errors) == known:
+                store_of(self).clear()
+                super()._load_from_state_dict(state_dict, prefix, *rest)
+            if len(errors) > known:
+                raise _DoesNotFit
+        store_of(self).clear()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__["_normed_store"] = Store()
+        return replica
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        copying = store_of(self).copying
+        copying.add(get_ident())  # an RNN calls the method in which its weights are recomputed
+        try:
+            reduced: Any = super().__reduce_ex__(max(protocol, 2))  # the older ones name the class differently
+        finally:
+            copying.discard(get_ident())
+        if reduced[0] is not copyreg.__newobj__ or reduced[1] != (type(self),):  # type: ignore[attr-defined]
+            return reduced
+        _, _, state, *rest = reduced
+        if isinstance(state, dict):
+            own = {*torchscript.declarations(base_of(self), self._normed), "_normed_store"}  # which `rebuild` makes
+            state = {key: value for key, value in state.items() if key not in own}
+        return rebuild, (base_of(self), self._normed), state, *rest
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        store_of(self).clear()  # an RNN reads its weights there, and a copy is as if nobody had
+
+    def __prepare_scriptable__(self) -> "Carrier":
+        torchscript.prepare(self, self._normed)
+        store_of(self).clear()  # torch.jit.script copies the weight as it finds it: let it find a fresh one
+        return self
+
+
+class _DoesNotFit(Exception):
+    """What a checkpoint has for a module is not what the module holds."""
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    own: list[Any] = [*module._parameters.values(), *module._buffers.values()]
+    return [tensor for tensor in own if tensor is not None and not is_lazy(tensor)]
+
+
+def _split_plain(module: nn.Module, recipe: Recipe, state_dict: dict[str, Any], prefix: str) -> str | None:
+    """Replaces a plain weight in `state_dict` by its parts; says why if it cannot."""
+    key, attributes = prefix + recipe.name, [prefix + attribute for attribute in recipe.attributes]
+    weight = state_dict.get(key)
+    if not isinstance(weight, Tensor) or any(attribute in state_dict for attribute in attributes):
+        return None  # left for torch to report, if it is there
+    del state_dict[key]
+    with torch.no_grad():
+        current = recipe.compute(module)
+    if weight.shape != current.shape or not weight.is_floating_point():
+        got, wanted = f"{weight.dtype} {tuple(weight.shape)}", f"{current.dtype} {tuple(current.shape)}"
+        return f"{key} in the checkpoint is {got}, and {base_of(module).__name__} has {wanted}"
+    objection = recipe.norm.objection(weight)
+    if objection:
+        return f"{recipe.norm!r} cannot norm {key} of the checkpoint: {objection}"
+    state_dict.update(zip(attributes, recipe.norm.split(weight).values(), strict=True))
+    return None
+
+
+def recipes_of(module: nn.Module) -> tuple[Recipe, ...]:
+    """What `module` carries."""
+    return module._normed if isinstance(module, Carrier) else ()
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether another tool put a class of its own on top of a carrier's (parametrize, fully_shard)."""
+    return isinstance(module, Carrier) and "_normed_base" not in type(module).__dict__
+
+
+_classes: "weakref.WeakValueDictionary[Any, type[nn.Module]]" = weakref.WeakValueDictionary()
+
+
+def carrier_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.Module]:
+    """The subclass of `base` whose instances carry `recipes`; the same class for the same arguments."""
+    made = _classes.get((base, recipes))
+    if made is None:
+        made = _classes[base, recipes] = _make_class(base, recipes)
+    return made
+
+
+def _make_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.Module]:
+    for recipe in recipes:
+        _ = recipe.operator  # made before Dynamo looks for it
+    straight = [write_straight(recipe, base, weight) for recipe in recipes]
+    namespace: dict[str, Any] = {name: getattr(base, name, None) for name in ("__module__", "__qualname__", "__doc__")}
+    # TorchScript reads the annotations of the first class in the MRO that has any
+    namespace["__annotations__"] = next(filter(None, map(inspect.get_annotations, base.__mro__)), {})
+    namespace |= {"_normed_base": base, "_normed": recipes, "_normed_straight": straight}
+    namespace["_normed_inlined"] = [one for one in straight if one.recipe.inlined]
+    namespace["_normed_recompute"] = {label: recompute_of(straight, label) for one in recipes for label in one.labels}
+    ignored = [*getattr(base, "__jit_ignored_attributes__", []), "_normed_store"]
+    namespace["__jit_ignored_attributes__"] = ignored  # TorchScript would try, long and in vain, to compile it
+    namespace |= {one.name: Derived(one.recipe, one.read) for one in straight}
+    namespace |= torchscript.methods(base, recipes, recompute, run_inlined)
+    if issubclass(base, nn.RNNBase):
+        namespace["_flat_weights"] = FlatWeights()
+    return type(base.__name__, (Carrier, base), namespace)
+
+
+def rebuild(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> nn.Module:
+    """An empty carrier: what copies and pickles are made of."""
+    if not (isinstance(base, type) and issubclass(base, nn.Module)):
+        raise TypeError(f"only an nn.Module can carry a norm, and the data names {base!r}")
+    if not (isinstance(recipes, tuple) and recipes and all(isinstance(recipe, Recipe) for recipe in recipes)):
+        raise TypeError(f"a carrier carries recipes, and the data names {recipes!r}")
+    cls = carrier_class(base, recipes)
+    module = cls.__new__(cls)
+    vars(module).update(torchscript.declarations(base, recipes), _normed_store=Store())
+    return module
+
+
+def carry(module: nn.Module, recipes: tuple[Recipe, ...]) -> None:
+    """Makes `module` carry exactly `recipes`. Its parts are in place already."""
+    base, attributes = base_of(module), vars(module)
+    for name in ("_normed_store", *torchscript.declarations(base, recipes_of(module))):
+        attributes.pop(name, None)
+    if recipes:
+        attributes.update(torchscript.declarations(base, recipes), _normed_store=Store())
+        module.__class__ = carrier_class(base, recipes)
+    else:
+        module.__class__ = base
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()

@@ -1,0 +1,227 @@
+"""A weight of a carrier: recomputing it and reading it, with care.
+
+These functions say what is right in every case. The ordinary case is written out as source for each class beside them
+(`straight.py`), and leaves for here whatever is not ordinary: a graph that is captured, a transform, a `cached` block,
+a tracer, parts that another tool computes, shards.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contexts import capture, torchscript
+from .recipe import INLINED, Recipe, base_of
+from .store import Stored, store_of, versions
+
+
+def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
+    """Computes a weight and stores it."""
+    store = store_of(module)
+    store.pop(recipe.name, None)  # freed before its successor is allocated: the same memory is used again
+    value = compute(module, recipe, by_read)
+    if not isinstance(value, torch.fx.Proxy):
+        sources = recipe.sources(module)
+        store[recipe.name] = Stored(value, sources, versions(sources), get_ident())
+        if (get_ident(), recipe.name) in store.running:  # a recompute within the forward of an inlined module
+            store.running[get_ident(), recipe.name] = value
+    return value
+
+
+def in_use(module: nn.Module, name: str) -> Tensor | None:
+    """The tensor that this thread was last given as the weight `name`."""
+    store = store_of(module)
+    stored = store.get(name)
+    return store.running.get((get_ident(), name), None if stored is None else stored.value)
+
+
+def compute(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
+    """Computes a weight, for whom torch lets us."""
+    try:
+        value = recipe.compute(module)
+    except RuntimeError:
+        _refuse_sharded(module, recipe)
+        raise
+    if type(value) is not Tensor:
+        _refuse_sharded(module, recipe)
+        if isinstance(value, torch.fx.Proxy) and not by_read:
+            _refuse_symbolic_trace(module, recipe)
+    return value
+
+
+def _refuse_sharded(module: nn.Module, recipe: Recipe) -> None:
+    """Raises where the parts are the shards of a layer whose own forward, which would gather them, does not run."""
+    sharded = any(type(part.data).__name__ == "DTensor" for part in recipe.read(module).values())
+    if sharded and any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        raise RuntimeError(
+            f"{recipe.norm!r}: the parts of {recipe.name!r} of this {base_of(module).__name__} are sharded, because "
+            "fully_shard was called on the layer while recompute is called in the forward of its parent. Call "
+            "fully_shard on the module whose forward calls recompute, or use inline(layer) instead of apply(layer)."
+        )
+
+
+def recompute(module: nn.Module, label: str) -> None:
+    """Computes and stores every weight of `module` that bears `label`; within a captured graph, stores nothing."""
+    if capture.capturing() or get_ident() not in store_of(module).copying:
+        type(module)._normed_recompute[label](module)  # type: ignore[attr-defined]
+
+
+def recompute_recipe(module: nn.Module, recipe: Recipe) -> None:
+    """Computes and stores a weight; stores nothing for a captured graph or a functorch transform."""
+    if capture.capturing():
+        advance(module, recipe)
+    elif not _is_held(module, recipe):
+        advance(module, recipe)
+        if _is_for_once(module, recipe):
+            store_of(module).pop(recipe.name, None)  # whoever reads it computes it
+        else:
+            refresh(module, recipe)
+
+
+def advance_and_compute(module: nn.Module, recipe: Recipe) -> Tensor:
+    """The weight as a recompute makes it; stores nothing."""
+    advance(module, recipe)
+    return compute(module, recipe)
+
+
+def _is_for_once(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether functorch runs, or `functional_call` with tensors in the place of the parameters: both leave nothing."""
+    return capture.is_transformed() or any(type(module._parameters.get(name)) is Tensor for name in recipe.attributes)
+
+
+def advance(module: nn.Module, recipe: Recipe) -> None:
+    """What a recompute in training mode does first."""
+    if recipe.advance is not None and module.training:
+        recipe.advance(**recipe.read(module), **recipe.advance_options)
+
+
+def _refuse_symbolic_trace(module: nn.Module, recipe: Recipe) -> None:
+    """torch.fx records what is done to parameters, in the forwards that it looks into. What else there is, it loses."""
+    what = f"torch.fx.symbolic_trace does not see recompute({base_of(module).__name__})"
+    if not recipe.inlined:
+        raise RuntimeError(
+            f"{what}: the graph would hold {recipe.name!r} as it is now, for ever. Use inline(layer) instead of "
+            "apply(layer), or torch.export."
+        )
+    for name in recipe.attributes:
+        if name in module._buffers:
+            raise RuntimeError(
+                f"{what}: the graph would hold the buffer {name!r} as it is now, for ever. Make the module a leaf of "
+                "the tracer, or use torch.export."
+            )
+
+
+def _is_held(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether a `cached` block keeps the weight; not from torch.jit.trace or torch.fx, which want to see all of it."""
+    if not store_of(module).held or torchscript.is_traced():
+        return False
+    return capture.is_getattr_torchs() or not isinstance(getattr(module, recipe.attributes[0]), torch.fx.Proxy)
+
+
+on_read: Callable[[nn.Module, Recipe], None] | None = None
+"""Called at every read of a normed weight in eager mode, while `detect_stale` is on."""
+
+
+def is_current(stored: Stored, module: nn.Module, recipe: Recipe) -> bool:
+    """Whether what is stored was made of the tensors that are the parts now, and is for this thread."""
+    if stored.thread != get_ident() and not store_of(module).held:
+        return False
+    parameters, buffers = module._parameters, module._buffers
+    for source, name in zip(stored.sources, recipe.attributes):  # noqa: B905 - strict takes longer
+        if parameters.get(name) is not source and buffers.get(name) is not source:
+            now = recipe.sources(module)  # a part that another tool computes may have several
+            return len(now) == len(stored.sources) and all(map(operator.is_, now, stored.sources))
+    return True
+
+
+def read(module: nn.Module, recipe: Recipe) -> Tensor:
+    """The weight as its attribute gives it: stored in eager mode, computed in place in a captured graph."""
+    if capture.capturing():
+        if torch.compiler.is_dynamo_compiling() and not capture.announce_to_dynamo():
+            value: Tensor = recipe.operator.call(*recipe.read(module).values())
+            return value
+        return recipe.operator.formula(**recipe.read(module), **recipe.formula_options)
+    if on_read is not None:
+        on_read(module, recipe)
+    store = store_of(module)
+    if store.running:
+        running = store.running.get((get_ident(), recipe.name))
+        if running is not None:
+            return running
+    stored = store.get(recipe.name)
+    not_kept = recipe.inlined and not store.held  # for others than the module's own forward
+    if stored is None or not_kept or not is_current(stored, module, recipe):
+        if stored is not None and stored.thread != get_ident():
+            return compute(module, recipe, by_read=True)
+        if _is_for_once(module, recipe):
+            store.pop(recipe.name, None)
+            return compute(module, recipe, by_read=True)
+        return refresh(module, recipe, by_read=True)
+    return stored.value
+
+
+class Derived:
+    """The weight as an attribute of its module."""
+
+    def __init__(self, recipe: Recipe, read: Callable[[Any], Any]) -> None:
+        self.recipe, self.read = recipe, read
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        return self if module is None else self.read(module)
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        recipe = self.recipe
+        raise AttributeError(
+            f"{recipe.name!r} of this {base_of(module).__name__} is computed by {recipe.norm!r} and cannot be set. "
+            f"Call assign(module, weight) on the norm to give it a value, or remove(module) to end the norm."
+        )
+
+    def __delete__(self, module: nn.Module) -> None:
+        self.__set__(module, None)
+
+
+def _has_current(module: nn.Module, recipe: Recipe, stored: Mapping[str, Stored]) -> bool:
+    return recipe.name in stored and is_current(stored[recipe.name], module, recipe)
+
+
+class FlatWeights:
+    """`_flat_weights` of an RNN, the list that its forward reads, made of what its attributes say now."""
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return self
+        stored = {} if capture.capturing() else dict(store_of(module))  # which another thread may change meanwhile
+        if on_read is not None and stored:
+            for recipe in module._normed:
+                on_read(module, recipe)
+        current = {r.name: stored[r.name].value for r in module._normed if _has_current(module, r, stored)}
+        return [current[n] if n in current else getattr(module, n, None) for n in module._flat_weights_names]
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        """RNNs set the list wherever they think that it may be out of date; it never is."""
+
+
+def run_inlined(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
+    """The forward of an inlined module: its weights are there while its own forward runs, and no longer.
+
+    So whoever else reads one gets it computed for him, fresh and with a gradient of its own: nn.MultiheadAttention
+    reads the weight of a layer that it never calls.
+    """
+    if capture.capturing():
+        recompute(self, INLINED)
+        return self._forward_of_base(*arguments, **keywords)
+    inlined, store = self._normed_inlined, self._normed_store
+    if store.blocks and _is_held(self, inlined[0].recipe):
+        return self._forward_of_base(*arguments, **keywords)
+    thread = get_ident()
+    try:
+        for straight in inlined:
+            store.pop(straight.name, None)  # what a recompute from outside left
+            store.running[thread, straight.name] = straight.compute(self)
+        return self._forward_of_base(*arguments, **keywords)
+    finally:
+        for straight in inlined:
+            store.running.pop((thread, straight.name), None)

@@ -1,0 +1,7 @@
+"""Whole models, whoever wrote them and whichever way their weights are normed."""
+
+from .conversion import convert, fold
+from .reporting import Report, Row, report
+from .verbs import apply_all, cached, normed, recompute_all
+
+__all__ = ["Report", "Row", "apply_all", "cached", "convert", "fold", "normed", "recompute_all", "report"]

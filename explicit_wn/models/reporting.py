@@ -1,0 +1,104 @@
+"""What norms a model holds, as a table."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from .. import carrier
+from ..carrier import store_of
+from ..layers import qualified
+from ..table import Table, shape_shown
+from . import spellings
+from .spellings import Found
+from .verbs import check_model
+
+
+@attrs.frozen
+class Row:
+    """One weight of a model."""
+
+    name: str
+    """Its qualified name."""
+    norm: str
+    """`WeightNorm`, `SpectralNorm`, the name of another norm, or empty; what it looks like where it is foreign."""
+    spelling: str
+    """`ours`, `hook`, `parametrization`, `foreign` (somebody else's, by the names of its parts) or `plain`."""
+    dim: str
+    """The dimension of the norm."""
+    shape: tuple[int, ...]
+    """The weight's shape."""
+    parts: str
+    """The shapes of its parts."""
+    parameters: int
+    """How many numbers in it are trained or trainable."""
+    state: str
+    """`fresh`, or `stale` where the parts have changed since the weight was computed; empty where no one can tell."""
+
+
+@attrs.frozen(repr=False)
+class Report(Table):
+    """The weights of a model as a table: `print` it, or show it in a notebook."""
+
+    rows: list[Row]
+
+    def cells(self) -> list[list[str]]:
+        head = [field.name for field in attrs.fields(Row)]
+        return [head, *([_show(value) for value in attrs.astuple(row, recurse=False)] for row in self.rows)]
+
+
+def report(model: nn.Module) -> Report:
+    """What norms a model holds, in whatever spelling: the first thing to run on a model that you did not write.
+
+    Every parameter of two dimensions or more has a row. Tensors that look like the parts of a norm which is neither
+    torch's nor ours have one together, spelled `foreign`.
+
+    >>> print(report(nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)), nn.Linear(3, 1))))
+    name      norm        spelling         dim  shape  parts         parameters  state
+    --------  ----------  ---------------  ---  -----  ------------  ----------  -----
+    0.weight  WeightNorm  parametrization  0    3×2    g 3×1, v 3×2  9           fresh
+    1.weight              plain                 1×3                  3
+    """
+    check_model("report", model)
+    rows = []
+    for path, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue  # shown where it belongs
+        found = [*_ours(module), *spellings.find(module), *spellings.find_foreign(module)]
+        rows += [_row(path, one) for one in found]
+        parts = {id(part) for one in found for part in one.parts.values()}
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in parts and not isinstance(parameter, UninitializedParameter) and parameter.dim() > 1:
+                shape, size = tuple(parameter.shape), parameter.numel()
+                rows.append(Row(qualified(path, name), "", "plain", "", shape, "", size, ""))
+    return Report(rows)
+
+
+def _ours(module: nn.Module) -> Iterator[Found]:
+    for recipe in carrier.recipes_of(module):
+        stored = store_of(module).get(recipe.name)
+        stale = stored is not None and stored.is_stale() and not recipe.inlined
+        with torch.no_grad():
+            shape = tuple(recipe.compute(module).shape)
+        yield Found(recipe.name, "ours", recipe.norm, recipe.norm.kind, recipe.read(module), shape, stale, None)
+
+
+def _row(path: str, found: Found) -> Row:
+    return Row(
+        name=qualified(path, found.name),
+        norm=found.kind,
+        spelling=found.spelling,
+        dim=str(getattr(found.norm, "dim", "")),
+        shape=found.shape,
+        parts=", ".join(f"{part} {_show(tuple(value.shape))}" for part, value in found.parts.items()),
+        parameters=sum(value.numel() for value in found.parts.values() if isinstance(value, nn.Parameter)),
+        state="" if found.spelling == "foreign" else "stale" if found.stale else "fresh",
+    )
+
+
+def _show(value: Any) -> str:
+    return shape_shown(value) if isinstance(value, tuple) else str(value)
