@@ -226,6 +226,7 @@ class Reparametrization(nn.Module):
         return self.kind + " " + self.name
 
     def extra_repr(self) -> str:
+        """The name and the settings, for the `repr`."""
         return ", ".join([repr(self.name), *self._settings_shown()])
 
     def describe(self) -> str:

@@ -1,4 +1,4 @@
-"""Prints the README's tables of contexts, each cell of them by trying it. Run: python tests/contexts_table.py
+"""Prints the tables of contexts in tests/README.md, each cell by trying it. Run: python tests/contexts_table.py
 
 Every cell takes a model one training step along, changes the parts behind its weights, brings the model into the
 context, and compares the answer with a plain model whose weights are computed here from the parts; then it changes the

@@ -276,7 +276,7 @@ def test_torchscript_does_not_see_that_a_weight_is_read_by_another_name_than_it_
     scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
     change_parts(model, seed=2)
-    assert not torch.allclose(scripted(x), model(x), atol=1e-2), "no limit any more: strike it from the README"
+    assert not torch.allclose(scripted(x), model(x), atol=1e-2), "no limit any more: strike it from tests/README.md"
 
 
 class ReadsWithoutRecompute(nn.Module):

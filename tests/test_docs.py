@@ -1,5 +1,6 @@
-"""README.md and MIGRATION.md say what is so: their code runs, and prints what they show."""
+"""The documents say what is so: their code runs and prints what they show, and their tables are what happens."""
 
+import inspect
 import json
 import os
 import re
@@ -13,7 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import explicit_wn.teaching
+
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = "README.md", "MIGRATION.md", "tests/README.md", "examples/README.md"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -38,7 +42,7 @@ def outputs(text: str) -> list[str]:
 
 CHAPTERS = [
     pytest.param(name, title, id=f"{name}: {title}")
-    for name in ("README.md", "MIGRATION.md")
+    for name in DOCUMENTS
     for title, (_, text) in chapters(name).items()
     if blocks(text, "python")
 ]
@@ -112,14 +116,14 @@ def test_a_module_that_r_saved_is_loaded_with_its_numbers(
 
 
 def test_every_block_says_its_language_and_every_python_block_is_found() -> None:
-    for name in ("README.md", "MIGRATION.md"):
+    for name in DOCUMENTS:
         text = (ROOT / name).read_text()
         fences = re.findall(r"^```(\w*)$", text, re.MULTILINE)
         assert len(fences) % 2 == 0
         assert set(fences[::2]) <= {"python", "text", "sh", "r"}
         assert set(fences[1::2]) == {""}
         in_chapters = [block for _, chapter in chapters(name).values() for block in blocks(chapter, "python")]
-        assert len(in_chapters) == fences.count("python") > 0
+        assert len(in_chapters) == fences.count("python")
 
 
 def test_the_readme_has_the_two_commands_once_each_and_both_make_their_venv() -> None:
@@ -143,15 +147,24 @@ def links(text: str) -> list[str]:
     return re.findall(r"\]\(([^)]+)\)", text)
 
 
-@pytest.mark.parametrize("name", ["README.md", "MIGRATION.md"])
+def anchors(path: Path) -> set[str]:
+    headings = [line.lstrip("# ").lower() for line in path.read_text().splitlines() if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_within_the_project_lead_somewhere(name: str) -> None:
-    text = (ROOT / name).read_text()
-    headings = [line.lstrip("# ").lower().replace("`", "") for line in text.splitlines() if line.startswith("#")]
-    anchors = {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
-    inside = [link for link in links(text) if not link.startswith("https://")]
+    inside = [link for link in links((ROOT / name).read_text()) if not link.startswith("https://")]
     assert inside
     for link in inside:
-        assert link[1:] in anchors if link.startswith("#") else (ROOT / link).is_file(), link
+        file, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / file if file else ROOT / name
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1500
 
 
 def test_the_readme_names_the_versions_that_the_package_declares() -> None:
@@ -162,14 +175,51 @@ def test_the_readme_names_the_versions_that_the_package_declares() -> None:
         assert f"{name} {version[1]} or newer" in readme
 
 
+def contexts(name: str) -> str:
+    found = re.search(r"<!-- contexts -->\n(.*?)\n<!-- /contexts -->", (ROOT / name).read_text(), re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def rows(text: str, head: str) -> list[list[str]]:
+    """The table whose first row begins with `head`, its rule left out."""
+    lines = text[text.index(head) :].partition("\n\n")[0].splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [table[0], *table[2:]]
+
+
 def test_the_tables_of_contexts_are_what_happens() -> None:
-    """On the torch that the README names all of it; on another one the columns of the first table that are ours."""
+    """On the torch that they name all of it; on another one the columns of the first table that are ours."""
     command = [sys.executable, ROOT / "tests/contexts_table.py"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    written = re.search(r"<!-- contexts -->\n(.*?)\n<!-- /contexts -->", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert written is not None
+    written = contexts("tests/README.md")
     if torch.__version__.startswith("2.13."):
-        assert printed == written[1]
+        assert printed == written
     else:
-        first = [text.partition("\n\n")[0].splitlines() for text in (printed, written[1])]
+        first = [text.partition("\n\n")[0].splitlines() for text in (printed, written)]
         assert [row.split("|")[1:4] for row in first[0]] == [row.split("|")[1:4] for row in first[1]]
+
+
+@pytest.mark.parametrize(("head", "least"), [("|  | `recompute`", 8), ("| | eager inference", 5)])
+def test_the_readmes_tables_are_rows_and_columns_of_the_full_ones(head: str, least: int) -> None:
+    short, full = (rows((ROOT / name).read_text(), head) for name in ("README.md", "tests/README.md"))
+    columns = [full[0].index(title) for title in short[0]]
+    picked = [[row[column] for column in columns] for row in full]
+    assert [row for row in picked if row in short] == short
+    assert len(short) > least
+
+
+def test_the_api_reference_is_built_without_a_warning_and_shows_what_is_public(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc")
+    arguments = "-m pdoc -d google"
+    modules = "explicit_wn explicit_wn.teaching"
+    assert f".venv/bin/python {arguments} {modules}`" in (ROOT / "README.md").read_text()
+    assert f'{arguments} -o "$scratch/docs_html" {modules}' in (ROOT / ".ci/run").read_text()
+    command = [sys.executable, "-W", "error", *arguments.split(), "-o", tmp_path, *modules.split()]
+    subprocess.run(command, check=True, cwd=ROOT)
+    for module in explicit_wn, explicit_wn.teaching, explicit_wn.functional:
+        path = tmp_path / f"{module.__name__.replace('.', '/')}.html"
+        shown = set(re.findall(r'<section id="(\w+)">', path.read_text()))
+        public = {name for name in getattr(module, "__all__", shown) if not inspect.ismodule(getattr(module, name))}
+        assert shown == public
+        assert all(inspect.getdoc(getattr(module, name)) for name in public)

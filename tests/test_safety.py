@@ -251,7 +251,7 @@ def test_bytes_that_name_another_parameter_are_refused(name: str) -> None:
     good, bad = (b"X" + len(n.encode()).to_bytes(4, "little") + n.encode() for n in ("bias", name))
     assert good in data
     known = set(linecache.cache)
-    with pytest.raises(ValueError, match="identifier|the module that owns"):
+    with pytest.raises(ValueError, match=r"identifier|the module that owns"):
         pickle.loads(data.replace(good, bad))
     assert set(linecache.cache) == known
 

@@ -591,13 +591,13 @@ IN_TORCHS_WORDS: dict[str, tuple[Callable[[], Any], str, str]] = {
 
 
 @pytest.mark.parametrize(("make", "words", "hint"), IN_TORCHS_WORDS.values(), ids=IN_TORCHS_WORDS)
-def test_pin_the_readme_quotes_what_torchscript_says(make: Callable[[], Any], words: str, hint: str) -> None:
+def test_pin_the_limits_quote_what_torchscript_says(make: Callable[[], Any], words: str, hint: str) -> None:
     """And where torch shows lines of ours, they name the way out. If this fails, quote the new words in the limits."""
     with pytest.raises((RuntimeError, torch.jit.frontend.NotSupportedError)) as raised:
         torch.jit.script(make())
     assert words in str(raised.value)
     assert hint in str(raised.value)
-    assert f"`{words}`" in (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"`{words}`" in Path(__file__).with_name("README.md").read_text()
 
 
 def test_pin_freeze_alone_cannot_follow_a_call_through_an_interface() -> None:

@@ -1,7 +1,6 @@
 """What a carrier remembers: the weights as they were last computed, and from what."""
 
 from collections.abc import Iterable
-from threading import Lock
 from typing import Any
 
 import attrs
@@ -30,16 +29,14 @@ class Block:
     active: bool = False
 
 
-_blocks_change = Lock()
-
-
 class Store(dict[str, Stored]):
     """The stored weights of one module, by name. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks: tuple[Block, ...] = ()
-        """The `cached` blocks that run, in whatever thread; replaced, and never changed, since others read it."""
+        self.blocks: dict[Block, None] = {}
+        """The `cached` blocks that run, in whatever thread. One step adds or drops one: no thread can come between,
+        and a lock would wait for ever where the collector ends a block in the midst of another's beginning."""
         self.running: dict[tuple[int, str], Tensor] = {}
         """The inlined weights of the forwards that run now, by thread and name."""
         self.copying: set[int] = set()
@@ -48,23 +45,21 @@ class Store(dict[str, Stored]):
     @property
     def held(self) -> bool:
         """Whether a `cached` block keeps the weights as they are."""
-        for block in self.blocks:  # noqa: SIM110 - any() takes three times as long
+        for block in tuple(self.blocks):  # noqa: SIM110 - any() takes three times as long
             if block.active:
                 return True
         return False
 
     def begin(self, block: Block) -> None:
         """Lets `block` hold the weights, as soon as it is active."""
-        with _blocks_change:
-            self.blocks = (*self.blocks, block)
+        self.blocks[block] = None
 
     def end(self, block: Block, not_kept: Iterable[str]) -> None:
         """Ends `block`, and with the last one what is `not_kept` without one."""
-        with _blocks_change:
-            self.blocks = tuple([other for other in self.blocks if other is not block])
-            if not self.blocks:
-                for name in not_kept:
-                    self.pop(name, None)
+        self.blocks.pop(block, None)
+        if not self.blocks:
+            for name in not_kept:
+                self.pop(name, None)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[type["Store"], tuple[()]]:
         return Store, ()

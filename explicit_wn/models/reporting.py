@@ -57,11 +57,14 @@ def report(model: nn.Module) -> Report:
     Every parameter of two dimensions or more has a row. Tensors that look like the parts of a norm which is neither
     torch's nor ours have one together, spelled `foreign`.
 
+    ```pycon
     >>> print(report(nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)), nn.Linear(3, 1))))
     name      norm        spelling         dim  shape  parts         parameters  state
     --------  ----------  ---------------  ---  -----  ------------  ----------  -----
     0.weight  WeightNorm  parametrization  0    3×2    g 3×1, v 3×2  9           fresh
     1.weight              plain                 1×3                  3
+
+    ```
     """
     check_model("report", model)
     rows = []

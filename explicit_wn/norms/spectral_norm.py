@@ -43,7 +43,8 @@ class SpectralNorm(Reparametrization):
     for a kernel of 3×3.
 
     `apply` replaces the parameter `weight` by the parameter `weight_orig` and the buffers `weight_u`, `weight_v`. A
-    parameter of one dimension has neither buffer: it is divided by its length.
+    parameter of one dimension has neither buffer: it is divided by its length. The verbs are those of every
+    `Reparametrization`.
 
     Args:
         name: the parameter to norm.

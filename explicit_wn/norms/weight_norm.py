@@ -38,7 +38,7 @@ class WeightNorm(Reparametrization):
 
     `apply` replaces the parameter `weight` of a module by the parameters `weight_g` and `weight_v`. From then on the
     weight is what `recompute` makes of them. Nothing recomputes it behind your back: you call `recompute` where you
-    want it fresh, usually at the top of `forward`.
+    want it fresh, usually at the top of `forward`. The other verbs are those of every `Reparametrization`.
 
     Args:
         name: the parameter to norm.

@@ -58,6 +58,7 @@ def steps(module: nn.Module, name: str = "weight") -> Steps:
         module: a module that carries a norm, or a model that holds one.
         name: the weight; within a model its qualified name, as in `normed(model)`.
 
+    ```pycon
     >>> from explicit_wn import WeightNorm
     >>> layer = WeightNorm().apply(nn.Linear(2, 2))
     >>> WeightNorm().assign(layer, torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
@@ -77,6 +78,8 @@ def steps(module: nn.Module, name: str = "weight") -> Steps:
                                                                                0.0000  2.0000
     >>> steps(layer)["‖v‖"].shape
     (2, 1)
+
+    ```
     """
     found = {
         qualified(path, recipe.name): (owner, recipe)
