@@ -1067,7 +1067,7 @@ def test_a_hooks_weight_that_was_left_behind_by_a_cast_or_a_move_is_stale() -> N
 )
 def test_a_report_works_on_any_model(make: Callable[[], nn.Module]) -> None:
     text = str(report(make()))
-    assert text.splitlines()[0].split() == [field.name for field in attrs.fields(explicit_wn.model.Row)]
+    assert text.splitlines()[0].split() == [field.name for field in attrs.fields(explicit_wn.models.Row)]
 
 
 def test_a_report_prints_as_a_table_and_shows_in_a_notebook() -> None:
