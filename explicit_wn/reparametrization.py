@@ -1,18 +1,18 @@
-"""The verbs that every norm shares. A norm itself is a formula, the parts it is made of, and its settings."""
+"""The verbs that every norm shares, over one module; what a norm is by itself stands in `protocol.py`."""
 
-import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from . import carrier, refusals, settings
+from . import carrier, refusals
 from .carrier import Recipe, all_or_nothing, recipe_for, store_of, values_or_nothing
 from .contexts.interface import WhatApplyReturns
 from .contexts.torchscript import is_scripted, is_scripting
 from .layers import TRANSPOSED
+from .protocol import DIM, Norm, is_dim
 from .refusals import Asked
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -22,7 +22,7 @@ Self = TypeVar("Self", bound="Reparametrization")
 _NONE: dict[str, Callable[[nn.Module], None]] = {}
 
 
-class Reparametrization(nn.Module):
+class Reparametrization(Norm):
     """An object that makes a weight out of parts, when it is called.
 
     A subclass is an attrs class, decorated as below (so that attrs leaves what is nn.Module's to it), that defines
@@ -57,59 +57,6 @@ class Reparametrization(nn.Module):
     >>> [name for name, _ in layer.named_parameters()]
     ['bias', 'weight_log']
     """
-
-    name: str
-    formula: ClassVar[Callable[..., Tensor]]
-    advance: ClassVar[Callable[..., None] | None] = None
-    quick: ClassVar[Callable[..., Tensor | None] | None] = None
-    steps: ClassVar[Callable[..., Iterable[tuple[str, str, str, Tensor]]] | None] = None
-    buffer_parts: ClassVar[tuple[str, ...]] = ()
-    spellings: ClassVar[dict[str, str]] = {}
-    default_dim: ClassVar[int | str | None] = None
-    kind: ClassVar[str]
-    __constants__ = ["kind"]  # for TorchScript, which compiles `label`
-
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
-        cls.kind = cls.__name__
-
-    def __attrs_pre_init__(self) -> None:
-        super().__init__()
-
-    def __attrs_post_init__(self) -> None:
-        """Checks what is known before there is a module; attrs has run the validators of the other settings."""
-        name = self.name
-        if isinstance(name, nn.Module):  # as torch's functions take them
-            raise TypeError(
-                f"{self.kind}(name) takes the name of a parameter, not a {type(name).__name__}; the module comes "
-                f'after it: {self.kind}("weight").apply(module).'
-            )
-        if not isinstance(name, str):
-            raise settings.refusal(self, "name", name, "a str, the name of a parameter", TypeError)
-        name = str.__str__(name)  # whatever a subclass says of itself
-        reason = refusals.refusal((*refusals.NAMES, refusals.NO_IDENTIFIER), Asked(self, nn.Module(), name))
-        if reason:
-            raise ValueError(f"{self.kind} cannot norm {name!r}: {reason}.")
-        if not _is_dim(getattr(self, "dim", None)):
-            raise settings.refusal(self, "dim", self.dim, _DIM, TypeError)
-
-    # What a norm defines
-
-    def split(self, weight: Tensor) -> dict[str, Tensor]:
-        """The parts of `weight`. The one that is `weight` itself keeps the Parameter."""
-        raise NotImplementedError
-
-    def inverse(self, weight: Tensor) -> dict[str, Tensor]:
-        """The parts that make `weight`."""
-        return self.split(weight)
-
-    def objection(self, weight: Tensor) -> str | None:
-        """Why `weight` cannot be normed with these settings, and the way out; None if it can."""
-        return None
-
-    def no_inverse(self, weight: Tensor) -> str | None:
-        """Why no parts make `weight`, and the way out; None if some do."""
-        return None
 
     # The verbs
 
@@ -208,45 +155,6 @@ class Reparametrization(nn.Module):
                     parts[part].copy_(value)
         return module
 
-    def clone(self: Self, deep: bool = False) -> Self:
-        """A copy of this object, as R6's `clone`; a norm refers to nothing that `deep` would copy."""
-        return attrs.evolve(self)  # type: ignore[misc]
-
-    @classmethod
-    def part_names(cls) -> set[str]:
-        """What the formula takes that is no setting."""
-        settings = {field.name for field in attrs.fields(cls)}  # type: ignore[arg-type]
-        return set(inspect.signature(cls.formula).parameters) - settings
-
-    # How it shows
-
-    @property
-    def label(self) -> str:
-        """What this object calls its own in a module."""
-        return self.kind + " " + self.name
-
-    def extra_repr(self) -> str:
-        """The name and the settings, for the `repr`."""
-        return ", ".join([repr(self.name), *self._settings_shown()])
-
-    def describe(self) -> str:
-        """This norm as a setting of the module it is applied to: `weight=WeightNorm(dim=0)`."""
-        return f"{self.name}={self.kind}({', '.join(self._settings_shown())})"
-
-    def _settings_shown(self) -> list[str]:
-        fields = [f for f in attrs.fields(type(self)) if f.name != "name"]  # type: ignore[arg-type]
-        values = [(f.name, getattr(self, f.name), f.default) for f in fields]
-        return [f"{name}={value!r}" for name, value, default in values if name == "dim" or value != default]
-
-    # State dicts
-
-    def respell(self, state_dict: dict[str, Any], prefix: str, parts: tuple[str, ...]) -> None:
-        """Renames the parts of one weight as a parametrized module calls them to ours."""
-        for part, spelling in self.spellings.items():
-            foreign = f"{prefix}parametrizations.{self.name}.{spelling}"
-            if foreign in state_dict:
-                state_dict[f"{prefix}{self.name}_{part}"] = state_dict.pop(foreign)
-
     # Behind the verbs
 
     def _install(self, module: Module, name: str | None, dim: int | str | None, inlined: bool) -> Module:
@@ -305,8 +213,8 @@ class Reparametrization(nn.Module):
             return None
         if isinstance(dim, str) and dim == "out":
             return 1 if ndim > 1 and isinstance(module, TRANSPOSED) else 0
-        if not _is_dim(dim):
-            raise self._refusal(module, name, f"dim is {_DIM}, not {dim!r}", TypeError)
+        if not is_dim(dim):
+            raise self._refusal(module, name, f"dim is {DIM}, not {dim!r}", TypeError)
         if dim == -1 and self.default_dim is None:
             reason = (
                 "dim=-1 means the whole tensor to torch's weight_norm and the last dimension to most readers; say "
@@ -334,14 +242,6 @@ class Reparametrization(nn.Module):
             raise self._refusal(module, name, reason)
         parameter: nn.Parameter = asked.parameter
         return parameter
-
-    def _check_class(self) -> None:
-        cls = type(self)
-        if not attrs.has(cls) or "__slots__" in vars(cls) or cls.__eq__ is not nn.Module.__eq__:
-            raise TypeError(
-                f"{cls.__name__} is no attrs class that torch can use; write the line "
-                "@attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False) above it."
-            )
 
     def _check_module(self, module: Any, name: Any, verb: str = "norm") -> None:
         if not isinstance(module, nn.Module) or is_scripted(module):
@@ -396,15 +296,6 @@ class Reparametrization(nn.Module):
     ) -> Exception:
         """The error of every refused call: who, what, of which class, why, and the way out."""
         return error(f"{self!r} cannot {verb} {name!r} of this {carrier.base_of(module).__name__}: {reason}.")
-
-
-_DIM = 'an int, "out" or None'
-
-
-def _is_dim(value: Any) -> bool:
-    if isinstance(value, str):
-        return value == "out"
-    return value is None or settings.is_int(value)
 
 
 class Folded(nn.Module):
