@@ -1,3 +1,4 @@
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -5,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # the tests share layers.py, and so do the processes they start
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))  # the benchmark is two files, and is tested
+TESTS = Path(__file__).parent
+
+# The tests share what lies in this folder, and so do the processes that they start; the benchmark is two files
+sys.path[:0] = [str(TESTS), str(TESTS / "benchmarks")]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
 torch.set_num_threads(1)  # the tensors are small
 
 

@@ -33,21 +33,26 @@ OPERATORS = [
 
 ABOUT_ALL = "weight_norm reparametrization bad_input properties numerics safety composition"
 TESTS = {
-    "capture": "capture carrier graphs",
-    "carrier": "carrier capture torchscript hazards safety weight_norm model spectral_norm",
-    "functional": "functional middle_dim numerics properties dims autograd spectral_norm",
-    "middle_dim": "middle_dim functional numerics",
-    "model": "model model_examples bad_input",
-    "spectral_norm": "spectral_norm bad_input properties numerics",
-    "spellings": "spellings model",
+    "carrier/module": "carrier capture torchscript hazards safety weight_norm model spectral_norm",
+    "carrier/recipe": "carrier safety reparametrization spectral_norm",
+    "carrier/store": "carrier threads",
+    "carrier/straight": "straight carrier hazards threads",
+    "carrier/undo": "faults model",
+    "carrier/weight": "straight carrier capture hazards threads composition distributed",
+    "contexts/capture": "capture carrier graphs",
+    "contexts/torchscript": "torchscript without_torchscript weight_norm spectral_norm",
+    "functional/middle_dim": "middle_dim functional numerics",
+    "functional/spectral": "spectral_norm functional",
+    "functional/weight": "functional middle_dim numerics properties dims autograd",
+    "models/conversion": "model model_examples bad_input spellings",
+    "models/reporting": "model spellings",
+    "models/spellings": "spellings model",
+    "models/verbs": "model model_examples bad_input threads",
+    "norms/spectral_norm": "spectral_norm bad_input properties numerics",
     "table": "teaching model",
-    "steps": "teaching",
-    "stale": "teaching",
-    "initialization": "teaching",
-    "straight": "straight carrier hazards threads",
-    "store": "carrier threads",
-    "undo": "faults model",
-    "torchscript": "torchscript without_torchscript weight_norm spectral_norm",
+    "teaching/initialization": "teaching",
+    "teaching/stale": "teaching",
+    "teaching/steps": "teaching",
 }
 COMPILES_NOTHING = "not compil and not export and not script and not trace and not process and not ddp"
 
@@ -70,12 +75,13 @@ def mutants(module: Path) -> list[tuple[str, int, str, str, str]]:
     return found
 
 
-def is_noticed(project: Path, module: str) -> bool:
-    """Whether a test about `module` fails."""
-    files = [f"tests/test_{name}.py" for name in TESTS.get(module, ABOUT_ALL).split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+def is_noticed(project: Path, module: str, quick: bool) -> bool:
+    """Whether a test about `module` fails, or one of the quick ones."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    for name in [] if quick else TESTS.get(module, ABOUT_ALL).split():
+        command += map(str, (project / "tests").rglob(f"test_{name}.py"))
     environment = {**os.environ, "PYTHONPATH": str(project), "PYTHONDONTWRITEBYTECODE": "1"}
-    for choice in (["-k", COMPILES_NOTHING], []):
+    for choice in [["-m", "quick"]] if quick else [["-k", COMPILES_NOTHING], []]:
         try:
             run = subprocess.run([*command, *choice], cwd=project, env=environment, capture_output=True, timeout=1200)
         except subprocess.TimeoutExpired:  # a loop without end is noticed too
@@ -87,15 +93,16 @@ def is_noticed(project: Path, module: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help="of the package, without .py; else all of them")
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help="carrier/weight, say; else all of them")
     parser.add_argument("--sample", type=int, help="how many mutants, chosen by chance; else all of them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="where each result is added, as a line of JSON")
+    parser.add_argument("--quick", action="store_true", help="only ask the tests that `pytest -m quick` runs")
     chosen = parser.parse_args()
 
-    paths = [
-        path for path in sorted((ROOT / "explicit_wn").rglob("*.py")) if path.stem in (chosen.modules or [path.stem])
-    ]
+    package = ROOT / "explicit_wn"
+    modules = {str(path.relative_to(package).with_suffix("")): path for path in sorted(package.rglob("*.py"))}
+    paths = [path for module, path in modules.items() if module in (chosen.modules or modules)]
     found = [(path, *mutant) for path in paths for mutant in mutants(path)]
     random.Random(chosen.seed).shuffle(found)
     found = found[: chosen.sample]
@@ -106,15 +113,16 @@ def main() -> None:
         for path, operator, line, before, after, mutated in found:
             copy = project / path.relative_to(ROOT)
             copy.write_text(mutated)
-            noticed = is_noticed(project, path.stem)
+            module = str(path.relative_to(package).with_suffix(""))
+            noticed = is_noticed(project, module, chosen.quick)
             copy.write_text(path.read_text())
             score[noticed] += 1
-            result = {"module": path.stem, "line": line, "operator": operator, "before": before, "after": after}
+            result = {"module": module, "line": line, "operator": operator, "before": before, "after": after}
             if chosen.out:
                 with chosen.out.open("a") as file:
                     file.write(json.dumps({**result, "noticed": noticed}) + "\n")
             if not noticed:
-                print(f"{path.name}:{line}\n    {before}\n    {after}", flush=True)
+                print(f"{module}:{line}\n    {before}\n    {after}", flush=True)
     print(f"{score[True]} of {score.total()} mutants were noticed.")
 
 

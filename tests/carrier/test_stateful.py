@@ -3,7 +3,7 @@
 `Weight` and `Expected` are that model: the parts as plain tensors, what was last stored, what `cached` blocks hold.
 It uses the formulas, and never the package. After every step the module is compared with it.
 
-`EXAMPLES=500 pytest tests/test_stateful.py` runs so many sequences of each kind, another choice each time.
+`EXAMPLES=500 pytest tests/carrier/test_stateful.py` runs so many sequences of each kind, another choice each time.
 """
 
 import contextlib

@@ -16,7 +16,7 @@ import torch
 
 import explicit_wn.teaching
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = "README.md", "MIGRATION.md", "tests/README.md", "examples/README.md"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

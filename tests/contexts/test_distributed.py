@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch was built without torch.distributed")
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "train_distributed.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_distributed.py"
 # torchrun as a module of this Python; the loopback address, since not every machine can resolve its own name
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node"]
 WARNINGS = "error,ignore:TypedStorage is deprecated:UserWarning"  # which torch 2.10 says when it saves a checkpoint

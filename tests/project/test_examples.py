@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from programs import STRICT_PYTHON
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name: str, folder: Path) -> str:

@@ -15,7 +15,7 @@ import pytest
 from matplotlib import image
 from nbclient import NotebookClient
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "walkthrough.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "walkthrough.ipynb"
 PICTURE = NOTEBOOK.with_suffix(".png")
 PICTURED = 1
 """Which plot of the notebook the README shows."""

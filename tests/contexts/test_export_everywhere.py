@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import explicit_wn
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "export_everywhere.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "export_everywhere.py"
 
 HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 MISSING = [

@@ -1,8 +1,7 @@
 """On a GPU what holds on the CPU; and CUDA graphs, kernels and autocast, which are the GPU's own. And dynamic shapes.
 
 Every model's parts are changed behind the stored weight before it is asked, and the answer is that of a plain model on
-the CPU whose weights were computed there. `python -m pytest -m gpu tests/test_gpu.py tests/test_distributed.py` runs
-what needs a GPU.
+the CPU whose weights were computed there. `python -m pytest -m gpu tests/contexts` runs what needs a GPU.
 """
 
 import copy

@@ -6,12 +6,10 @@ made of it, and again in the eager model afterwards.
 
 import copy
 import io
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -348,8 +346,7 @@ def of_a_fresh_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[s
     torch.save((models, {str(which): which.inputs() for which in SUBJECTS}), folder / "saved")
     warnings = ["-W", "error", "-W", "ignore:`torch.jit", "-W", "ignore:LSTM with projections"]
     script = [sys.executable, *warnings, "-c", LOAD_AND_RUN, str(folder / "saved"), str(folder / "results")]
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    subprocess.run(script, check=True, env={**os.environ, "PYTHONPATH": path})
+    subprocess.run(script, check=True)
     return models, torch.load(folder / "results")
 
 

@@ -1,6 +1,6 @@
 """Numbers at the ends of what a dtype holds: what torch makes of them, what we make of them, and the truth.
 
-`python tests/test_numerics.py` prints the tables below as they are documented.
+`python tests/norms/test_numerics.py` prints the tables below as they are documented.
 """
 
 import math

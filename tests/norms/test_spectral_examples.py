@@ -9,7 +9,7 @@ import pytest
 from programs import STRICT_PYTHON
 from torch import Tensor
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name: str, *arguments: object) -> str:

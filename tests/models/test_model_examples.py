@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 from programs import STRICT_PYTHON
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(example: str, *arguments: str) -> str:
