@@ -106,36 +106,8 @@ class Straight:
 
 def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
     """The functions for a class that carries `recipe`; `carefully` has those for what is not ordinary."""
-    buffers = recipe.norm.buffer_parts
-    own = [(f"part_{i}", a, p in buffers) for i, (p, a) in enumerate(zip(recipe.parts, recipe.attributes, strict=True))]
-    names = [name for name, *_ in own]
-    given = [f"{part}={name}" for part, name in zip(recipe.parts, names, strict=True)]
-    text = {
-        "name": recipe.name,
-        "parts": ", ".join(names),
-        "find_parts": "\n".join(
-            [
-                "parameters, buffers = module._parameters, module._buffers",
-                *(f"{name} = {'buffers' if buffer else 'parameters'}.get({a!r})" for name, a, buffer in own),
-            ]
-        ),
-        "parts_are_unusual": " or ".join(f"type({n}) is not {'Tensor' if b else 'Parameter'}" for n, _, b in own),
-        "parts_are_the_same": " and ".join(
-            f"module.{'_buffers' if buffer else '_parameters'}.get({a!r}) is sources[{i}]"
-            for i, (_, a, buffer) in enumerate(own)
-        ),
-        "versions": ", ".join(f"{name}._version" for name in names),
-        "advance": "",
-        "value": f"formula({', '.join(given + _options(recipe.formula_options))})",
-    }
     quick = _quick_of(type(recipe.norm))
-    if quick is not None:
-        own_names = dict(zip(recipe.parts, names, strict=True)) | {k: literal(v) for k, v in recipe.settings}
-        arguments = ", ".join(own_names[parameter] for parameter in inspect.signature(quick).parameters)
-        text["value"] = f"quick({arguments})\nif value is None:\n    value = {text['value']}"
-    if recipe.advance is not None:
-        arguments = ", ".join(given + _options(recipe.advance_options))
-        text["advance"] = f"if module.training:\n    advance({arguments})"
+    text = _text_of(recipe, quick)
     scope: dict[str, Any] = {
         "recipe": recipe,
         "carefully": carefully,
@@ -156,6 +128,34 @@ def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
 
     read = READ_INLINED if recipe.inlined else READ
     return Straight(recipe, recipe.name, made(RECOMPUTE, "recompute"), made(COMPUTE, "compute"), made(read, "read"))
+
+
+def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict[str, str]:
+    """What stands in the fields of the templates."""
+    buffers = recipe.norm.buffer_parts
+    own = [(f"part_{i}", a, p in buffers) for i, (p, a) in enumerate(zip(recipe.parts, recipe.attributes, strict=True))]
+    names = [name for name, *_ in own]
+    given = [f"{part}={name}" for part, name in zip(recipe.parts, names, strict=True)]
+    find = [f"{name} = {'buffers' if buffer else 'parameters'}.get({a!r})" for name, a, buffer in own]
+    same = [
+        f"module.{'_buffers' if b else '_parameters'}.get({a!r}) is sources[{i}]" for i, (_, a, b) in enumerate(own)
+    ]
+    value = f"formula({', '.join(given + _options(recipe.formula_options))})"
+    if quick is not None:
+        by_name = dict(zip(recipe.parts, names, strict=True)) | {k: literal(v) for k, v in recipe.settings}
+        arguments = ", ".join(by_name[parameter] for parameter in inspect.signature(quick).parameters)
+        value = f"quick({arguments})\nif value is None:\n    value = {value}"
+    advance = f"if module.training:\n    advance({', '.join(given + _options(recipe.advance_options))})"
+    return {
+        "name": recipe.name,
+        "parts": ", ".join(names),
+        "find_parts": "\n".join(["parameters, buffers = module._parameters, module._buffers", *find]),
+        "parts_are_unusual": " or ".join(f"type({n}) is not {'Tensor' if b else 'Parameter'}" for n, _, b in own),
+        "parts_are_the_same": " and ".join(same),
+        "versions": ", ".join(f"{name}._version" for name in names),
+        "advance": advance if recipe.advance else "",
+        "value": value,
+    }
 
 
 def recompute_of(straight: list[Straight], label: str) -> Callable[[nn.Module], None]:
