@@ -1,4 +1,5 @@
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,19 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS / "benchmarks")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
 torch.set_num_threads(1)  # the tensors are small
+
+
+TAKES_LONG = re.compile(
+    r"compile|export|process|ctrl_c|between_any_two|"
+    r"test_(graphs|without_torchscript|benchmark|notebook|orders|distributed|gpu|docs|\w*examples|real_models|faults|stateful)\.py"
+)
+"""What `pytest -m quick` leaves out: compilers, other processes, interruption at every line, and whole programs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not TAKES_LONG.search(item.nodeid):
+            item.add_marker("quick")
 
 
 @pytest.fixture(autouse=True)
