@@ -2,7 +2,7 @@
 
 from . import functional
 from .contexts.torchscript import script
-from .models import apply_all, cached, convert, fold, normed, recompute_all, report
+from .models import apply_all, assign_all, cached, check, convert, fold, normed, recompute_all, report
 from .norms import SpectralNorm, WeightNorm
 from .reparametrization import Reparametrization
 from .teaching import data_dependent_init, detect_stale, steps
@@ -12,7 +12,9 @@ __all__ = [
     "SpectralNorm",
     "WeightNorm",
     "apply_all",
+    "assign_all",
     "cached",
+    "check",
     "convert",
     "data_dependent_init",
     "detect_stale",

@@ -10,10 +10,10 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from .. import carrier
-from ..carrier import store_of
 from ..layers import qualified
 from ..table import Table, shape_shown
 from . import spellings
+from .checking import state_of
 from .spellings import Found
 from .verbs import check_model
 
@@ -37,7 +37,8 @@ class Row:
     parameters: int
     """How many numbers in it are trained or trainable."""
     state: str
-    """`fresh`, or `stale` where the parts have changed since the weight was computed; empty where no one can tell."""
+    """`fresh`; `stale` where the parts have changed since the weight was computed; `lost write` where the weight has;
+    `unknown` where it is not what the parts make and no counter tells why; empty where there is nothing to compare."""
 
 
 @attrs.frozen(repr=False)
@@ -83,11 +84,10 @@ def report(model: nn.Module) -> Report:
 
 def _ours(module: nn.Module) -> Iterator[Found]:
     for recipe in carrier.recipes_of(module):
-        stored = store_of(module).get(recipe.name)
-        stale = stored is not None and stored.is_stale() and not recipe.inlined
         with torch.no_grad():
-            shape = tuple(recipe.compute(module).shape)
-        yield Found(recipe.name, "ours", recipe.norm, recipe.norm.kind, recipe.read(module), shape, stale, None)
+            weight = recipe.compute(module)
+        shape, state = tuple(weight.shape), state_of(module, recipe, weight)
+        yield Found(recipe.name, "ours", recipe.norm, recipe.norm.kind, recipe.read(module), shape, state, None)
 
 
 def _row(path: str, found: Found) -> Row:
@@ -99,7 +99,7 @@ def _row(path: str, found: Found) -> Row:
         shape=found.shape,
         parts=", ".join(f"{part} {_show(tuple(value.shape))}" for part, value in found.parts.items()),
         parameters=sum(value.numel() for value in found.parts.values() if isinstance(value, nn.Parameter)),
-        state="" if found.spelling == "foreign" else "stale" if found.stale else "fresh",
+        state=found.state,
     )
 
 

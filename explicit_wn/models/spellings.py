@@ -42,8 +42,8 @@ class Found:
     """Its parts, by our names for them; those of a foreign norm by their own."""
     shape: tuple[int, ...]
     """The weight's shape."""
-    stale: bool
-    """Whether the weight in the module is not what the parts make."""
+    state: str
+    """`fresh`, or `stale` where the weight in the module is not what the parts make; empty for a foreign norm."""
     why_not: str | None
     """Why it cannot become ours, and the way out."""
 
@@ -78,7 +78,8 @@ def _from_hook(module: nn.Module, hook: Any) -> Found:
         why_not = "a part of it is computed by another tool (parametrize or prune); end that first"
     whole = getattr(module, f"{name}_{names[0]}" if len(names) == 3 else f"{name}_v")
     stale = norm is not None and len(parts) == len(names) and _differs(norm, parts, vars(module).get(name))
-    return Found(name, "hook", norm, norm.kind if norm else kind.__name__, parts, tuple(whole.shape), stale, why_not)
+    state, called = "stale" if stale else "fresh", norm.kind if norm else kind.__name__
+    return Found(name, "hook", norm, called, parts, tuple(whole.shape), state, why_not)
 
 
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -140,7 +141,7 @@ def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
             f"the module carries a norm of ours, and {others[0]!r} is parametrized otherwise; end one of them first"
         )
     kind = norm.kind if norm else kinds
-    return Found(name, "parametrization", norm, kind, parts, tuple(last.shape), False, why_not)
+    return Found(name, "parametrization", norm, kind, parts, tuple(last.shape), "fresh", why_not)
 
 
 _SIGNS = (  # what norms of other projects call their parts: the kind, what has the weight's shape, a vector beside it
@@ -172,7 +173,7 @@ def find_foreign(module: nn.Module) -> Iterator[Found]:
                 known.add(name)
                 beside = re.compile(re.escape(vector.rstrip("0")[:-1]) + "(g|u|v|sv)[0-9]*")
                 parts = {part: own[part] for part in own if part == matrix or beside.fullmatch(part)}
-                yield Found(name, "foreign", None, kind, parts, tuple(own[matrix].shape), False, None)
+                yield Found(name, "foreign", None, kind, parts, tuple(own[matrix].shape), "", None)
 
 
 def _is_captured(module: nn.Module) -> bool:

@@ -1,0 +1,147 @@
+"""What is wrong with a model, as a table."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from ..carrier import Recipe, is_current, recipes_of, store_of
+from ..layers import qualified
+from ..reparametrization import Reparametrization
+from ..table import Table
+from . import spellings
+from .verbs import check_model
+
+
+@attrs.frozen
+class Finding:
+    """One thing that is wrong."""
+
+    name: str
+    """The weight, part or norm that it is about, by its qualified name."""
+    problem: str
+    """`stale`, `lost write`, `unknown`, `not finite`, `not in the optimizer`, `tied`, `same name`, `spelling of torch`
+    or `foreign`."""
+    way_out: str
+    """What to do about it."""
+
+
+@attrs.frozen(repr=False)
+class Findings(Table):
+    """What `check` found: a table, and true if there is anything in it."""
+
+    rows: list[Finding]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def cells(self) -> list[list[str]]:
+        return [["name", "problem", "way out"], *([row.name, row.problem, row.way_out] for row in self.rows)]
+
+
+def check(model: nn.Module, optimizer: Any = None) -> Findings:
+    """What is wrong with the norms of `model`, and what to do about each; an empty table if nothing is.
+
+    It finds weights that are stale, that somebody wrote into (which the next recompute undoes) or that are not finite;
+    parts that two modules share; norm objects of one name and other settings in one module; norms of torch's and of
+    other projects; and, given the optimizer, trainable parts that it does not hold, as one does not that was made
+    before `apply`. It changes nothing.
+
+    ```pycon
+    >>> from explicit_wn import WeightNorm
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> _ = WeightNorm().inline(model[0])
+    >>> check(model, optimizer)
+    name        problem               way out
+    ----------  --------------------  ------------------------------------------------------------------
+    0.weight_g  not in the optimizer  make the optimizer after the norms, or use add_param_group with it
+
+    ```
+    """
+    check_model("check", model)
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"check wants an optimizer second, with param_groups, and got a {type(optimizer).__name__}.")
+    rows = [row for path, module in model.named_modules() for row in _of_module(path, module)]
+    rows += _tied(model)
+    if optimizer is not None:
+        rows += _not_optimized(model, {id(p) for group in optimizer.param_groups for p in group["params"]})
+    return Findings(rows)
+
+
+def _of_module(path: str, module: nn.Module) -> Iterator[Finding]:
+    for recipe in recipes_of(module):
+        yield from _of_weight(qualified(path, recipe.name), module, recipe)
+    for found in (*spellings.find(module), *spellings.find_foreign(module)):
+        if found.spelling == "foreign":
+            yield Finding(qualified(path, found.name), "foreign", "end it in its project's way, and apply one of ours")
+        elif found.is_norm:
+            yield Finding(qualified(path, found.name), "spelling of torch", "explicit_wn.convert(model)")
+    norms: dict[str, str] = {}
+    for name, child in module.named_children():
+        if isinstance(child, Reparametrization) and norms.setdefault(child.label, repr(child)) != repr(child):
+            yield Finding(
+                qualified(path, name), "same name", f"keep one: {child.label!r} is all that either recomputes"
+            )
+
+
+def _of_weight(name: str, module: nn.Module, recipe: Recipe) -> Iterator[Finding]:
+    with torch.no_grad():
+        weight = recipe.compute(module)
+    if not weight.is_meta and not weight.isfinite().all():
+        yield Finding(name, "not finite", "look at its parts with explicit_wn.steps; initialize them, or set eps")
+    state = state_of(module, recipe, weight)
+    if state in _WAYS_OUT:
+        yield Finding(name, state, _WAYS_OUT[state])
+
+
+_WAYS_OUT = {
+    "stale": "call recompute in the forward that uses it, or use inline in the place of apply",
+    "lost write": "assign(module, weight) on the norm, or explicit_wn.assign_all(model, init)",
+    "unknown": "it is not what its parts make, and .data leaves no trace: recompute, or assign what was written",
+}
+
+
+def state_of(module: nn.Module, recipe: Recipe, weight: Tensor) -> str:
+    """`fresh`, `stale`, `lost write`, or `unknown`: the stored weight beside `weight`, which the parts make now.
+
+    `unknown` is a weight that is not what the parts make, where no counter tells who changed: `.data` leaves no trace.
+    """
+    stored = store_of(module).get(recipe.name)
+    if stored is None or recipe.inlined or not is_current(stored, module, recipe):
+        return "fresh"  # whoever reads it has it computed
+    if stored.is_stale():
+        return "stale"
+    if not weight.is_meta and torch.allclose(stored.value, weight, equal_nan=True):
+        return "fresh"
+    return "lost write" if _is_written_to(stored.value) else "unknown"
+
+
+def _is_written_to(weight: Tensor) -> bool:
+    return not weight.is_inference() and weight._version > 0
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for path, module in model.named_modules():
+        for recipe in recipes_of(module):
+            for attribute in recipe.attributes:
+                part = module._parameters.get(attribute)
+                if part is not None:
+                    yield qualified(path, attribute), part
+
+
+def _tied(model: nn.Module) -> Iterator[Finding]:
+    first: dict[int, str] = {}
+    for name, part in _parts(model):
+        other = first.setdefault(id(part), name)
+        if other != name:
+            yield Finding(name, "tied", f"it is {other} as well, and the other parts are not: share the whole module")
+
+
+def _not_optimized(model: nn.Module, held: set[int]) -> Iterator[Finding]:
+    for name, part in _parts(model):
+        if part.requires_grad and id(part) not in held:
+            way_out = "make the optimizer after the norms, or use add_param_group with it"
+            yield Finding(name, "not in the optimizer", way_out)

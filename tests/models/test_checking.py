@@ -1,0 +1,114 @@
+"""`check` finds what is wrong with a model, each thing in the form in which people make it, and nothing else."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from explicit_wn import SpectralNorm, WeightNorm, apply_all, check, report
+
+
+class Net(nn.Module):
+    def __init__(self, verb: str = "apply", norm: Any = None) -> None:
+        super().__init__()
+        self.wn = norm or WeightNorm()
+        self.fc = getattr(self.wn, verb)(nn.Linear(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.fc)
+        return self.fc(x)
+
+
+def found(model: nn.Module, optimizer: Any = None) -> list[tuple[str, str]]:
+    return [(row.name, row.problem) for row in check(model, optimizer).rows]
+
+
+@pytest.mark.parametrize("verb", ["apply", "inline"])
+@pytest.mark.parametrize("norm", [WeightNorm, SpectralNorm, lambda: WeightNorm(eps=1e-6)])
+def test_a_model_that_trains_as_it_should_has_nothing(verb: str, norm: Any) -> None:
+    model = nn.Sequential(Net("apply", norm()), norm().inline(nn.Conv1d(2, 2, 1)) if verb == "inline" else nn.Tanh())
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        model[0](torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        model[0](torch.randn(4, 3))
+        assert found(model, optimizer) == []
+        assert not check(model, optimizer)
+
+
+def test_a_stale_weight_and_one_that_was_written_into() -> None:
+    model = Net()
+    nn.init.constant_(model.fc.weight_g, 3)
+    assert found(model) == [("fc.weight", "stale")]
+    model(torch.ones(1, 3))
+    assert found(model) == []
+    with torch.no_grad():
+        model.fc.weight.mul_(2)
+    assert found(model) == [("fc.weight", "lost write")]
+    assert "assign_all" in str(check(model))
+
+
+@pytest.mark.parametrize("name", ["weight", "weight_g", "weight_v"])
+def test_what_data_changes_unseen_is_not_called_fresh(name: str) -> None:
+    model = Net()
+    getattr(model.fc, name).data.add_(1)
+    assert found(model) == [("fc.weight", "unknown")]
+    assert [row.state for row in report(model).rows] == ["unknown"]
+    model(torch.ones(1, 3))
+    assert [row.state for row in report(model).rows] == ["fresh"]
+
+
+def test_an_optimizer_that_was_made_before_the_norms() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    apply_all(model, WeightNorm())
+    assert found(model, optimizer) == [("0.weight_g", "not in the optimizer"), ("1.weight_g", "not in the optimizer")]
+    model[0].weight_g.requires_grad_(False)
+    optimizer.add_param_group({"params": [model[1].weight_g]})
+    assert found(model, optimizer) == []
+
+
+def test_weights_that_are_not_finite() -> None:
+    model = Net("inline")
+    nn.init.zeros_(model.fc.weight_v)
+    assert found(model) == [("fc.weight", "not finite")]
+
+
+def test_parts_that_two_modules_share() -> None:
+    model = nn.Sequential(WeightNorm().inline(nn.Linear(3, 3)), WeightNorm().inline(nn.Linear(3, 3)))
+    model[1].weight_v = model[0].weight_v
+    assert found(model) == [("1.weight_v", "tied")]
+    assert found(nn.Sequential(model[0], model[0])) == []
+
+
+def test_two_norms_of_one_name_and_other_settings() -> None:
+    model = Net()
+    model.other = WeightNorm()
+    assert found(model) == []
+    model.other = WeightNorm(dim=1)
+    assert found(model) == [("other", "same name")]
+
+
+@pytest.mark.parametrize(
+    ("norm", "problem"),
+    [
+        (torch.nn.utils.parametrizations.weight_norm, "spelling of torch"),
+        (torch.nn.utils.spectral_norm, "spelling of torch"),
+        (lambda layer: layer, None),
+    ],
+)
+def test_spellings_of_torch(norm: Any, problem: str | None) -> None:
+    assert found(nn.Sequential(norm(nn.Linear(3, 2)))) == ([("0.weight", problem)] if problem else [])
+
+
+@pytest.mark.parametrize("model", [3, WeightNorm(), None])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(TypeError, match="check wants the model first"):
+        check(model)
+
+
+def test_what_is_no_optimizer_is_refused() -> None:
+    with pytest.raises(TypeError, match="check wants an optimizer second, with param_groups, and got a list"):
+        check(nn.Linear(2, 2), [])  # type: ignore[arg-type]
