@@ -2,7 +2,19 @@
 
 from . import functional
 from .contexts.torchscript import script
-from .models import apply_all, cached, convert, fold, normed, recompute_all, report
+from .models import (
+    apply_all,
+    cached,
+    convert,
+    fold,
+    normed,
+    recompute_all,
+    remove_spectral_norm,
+    remove_weight_norm,
+    report,
+    spectral_norm,
+    weight_norm,
+)
 from .norms import SpectralNorm, WeightNorm
 from .reparametrization import Reparametrization
 from .teaching import data_dependent_init, detect_stale, steps
@@ -20,7 +32,11 @@ __all__ = [
     "functional",
     "normed",
     "recompute_all",
+    "remove_spectral_norm",
+    "remove_weight_norm",
     "report",
     "script",
+    "spectral_norm",
     "steps",
+    "weight_norm",
 ]

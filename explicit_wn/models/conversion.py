@@ -25,8 +25,10 @@ def convert(model: nn.Module) -> list[str]:
     `weight_v` for example, one warning names them all, and `report` shows them as `foreign`: only a warning, since a
     module may well compute its weight so in its own `forward`.
 
-    Call it once, after a project's own `apply_weight_norm()`, and `fold` in the place of its `remove_weight_norm()`:
-    both look for torch's norms and raise in a converted model.
+    Call it once, after a project's own `apply_weight_norm()`, and `fold` in the place of its `remove_weight_norm()`.
+    Both look for torch's norms: in a converted model torch's function raises "weight_norm of 'weight' not found", and
+    where a project swallows that error, every norm stays without a word. `report` shows what is left. Only a project
+    that imports `remove_weight_norm` from this package may go on with its own.
 
     >>> import torch
     >>> model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))

@@ -67,7 +67,7 @@ def _from_hook(module: nn.Module, hook: Any) -> Found:
     name, kind, names = hook.name, type(hook), ["g", "v"]
     if isinstance(hook, SpectralNormHook):
         names = ["orig", "u", "v"]
-        norm, why_not = _made(SpectralNorm, name, hook.n_power_iterations, max(_SMALLEST, hook.eps), hook.dim)
+        norm, why_not = _made(SpectralNorm, name, hook.n_power_iterations, max(SMALLEST, hook.eps), hook.dim)
     else:
         norm, why_not = _made(WeightNorm, name, None if hook.dim == -1 else hook.dim)
     own: dict[str, Any] = {**module._parameters, **module._buffers}
@@ -81,7 +81,7 @@ def _from_hook(module: nn.Module, hook: Any) -> Found:
     return Found(name, "hook", norm, norm.kind if norm else kind.__name__, parts, tuple(whole.shape), stale, why_not)
 
 
-_SMALLEST = torch.finfo(torch.float32).tiny
+SMALLEST = torch.finfo(torch.float32).tiny
 """torch's spectral norm takes an eps of 0, and ours does not; this one divides alike."""
 
 
@@ -127,7 +127,7 @@ def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
     elif type(applied[0]) is _NORMS[1] and len(applied) == 1:
         one = applied[0]
         iterations = getattr(one, "n_power_iterations", 1)  # a vector's has none
-        norm, why_not = _made(SpectralNorm, name, iterations, max(_SMALLEST, one.eps), one.dim, first="u")
+        norm, why_not = _made(SpectralNorm, name, iterations, max(SMALLEST, one.eps), one.dim, first="u")
         parts = {"orig": last, **{part: one._buffers[f"_{part}"] for part in "uv" if f"_{part}" in one._buffers}}
     elif any(isinstance(one, _NORMS) for one in applied):
         why_not = (
