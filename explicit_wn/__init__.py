@@ -3,6 +3,7 @@
 from . import functional
 from .contexts.torchscript import script
 from .models import (
+    ForeignNormWarning,
     apply_all,
     cached,
     convert,
@@ -17,11 +18,15 @@ from .models import (
 )
 from .norms import SpectralNorm, WeightNorm
 from .reparametrization import Reparametrization
-from .teaching import data_dependent_init, detect_stale, steps
+from .teaching import StaleWeightError, data_dependent_init, detect_stale, steps
+
+__version__ = "0.1.0"
 
 __all__ = [
+    "ForeignNormWarning",
     "Reparametrization",
     "SpectralNorm",
+    "StaleWeightError",
     "WeightNorm",
     "apply_all",
     "cached",

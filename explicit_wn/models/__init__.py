@@ -1,11 +1,12 @@
 """Whole models, whoever wrote them and whichever way their weights are normed."""
 
-from .conversion import convert, fold
+from .conversion import ForeignNormWarning, convert, fold
 from .dropin import remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
 from .reporting import Report, Row, report
 from .verbs import apply_all, cached, normed, recompute_all
 
 __all__ = [
+    "ForeignNormWarning",
     "Report",
     "Row",
     "apply_all",

@@ -87,7 +87,7 @@ def _ours(module: nn.Module) -> Iterator[Found]:
         stale = stored is not None and stored.is_stale() and not recipe.inlined
         with torch.no_grad():
             shape = tuple(recipe.compute(module).shape)
-        yield Found(recipe.name, "ours", recipe.norm, recipe.norm.kind, recipe.read(module), shape, stale, None)
+        yield Found(recipe.name, "ours", recipe.norm, recipe.norm._kind, recipe.read(module), shape, stale, None)
 
 
 def _row(path: str, found: Found) -> Row:

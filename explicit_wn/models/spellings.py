@@ -78,7 +78,7 @@ def _from_hook(module: nn.Module, hook: Any) -> Found:
         why_not = "a part of it is computed by another tool (parametrize or prune); end that first"
     whole = getattr(module, f"{name}_{names[0]}" if len(names) == 3 else f"{name}_v")
     stale = norm is not None and len(parts) == len(names) and _differs(norm, parts, vars(module).get(name))
-    return Found(name, "hook", norm, norm.kind if norm else kind.__name__, parts, tuple(whole.shape), stale, why_not)
+    return Found(name, "hook", norm, norm._kind if norm else kind.__name__, parts, tuple(whole.shape), stale, why_not)
 
 
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -139,7 +139,7 @@ def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
         why_not = (
             f"the module carries a norm of ours, and {others[0]!r} is parametrized otherwise; end one of them first"
         )
-    kind = norm.kind if norm else kinds
+    kind = norm._kind if norm else kinds
     return Found(name, "parametrization", norm, kind, parts, tuple(last.shape), False, why_not)
 
 
@@ -197,7 +197,7 @@ def become_ours(module: nn.Module, found: list[Found]) -> None:
         carrier.carry(module, carried)
     for one in found:
         assert one.norm is not None, "convert refuses it"
-        one.norm.adopt(module, one.parts)
+        one.norm._adopt(module, one.parts)
 
 
 def class_of(module: nn.Module) -> type:
