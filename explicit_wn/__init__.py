@@ -2,14 +2,33 @@
 
 from . import functional
 from .contexts.torchscript import script
-from .models import apply_all, assign_all, cached, check, convert, fold, normed, recompute_all, report
+from .models import (
+    ForeignNormWarning,
+    apply_all,
+    assign_all,
+    cached,
+    check,
+    convert,
+    fold,
+    normed,
+    recompute_all,
+    remove_spectral_norm,
+    remove_weight_norm,
+    report,
+    spectral_norm,
+    weight_norm,
+)
 from .norms import SpectralNorm, WeightNorm
 from .reparametrization import Reparametrization
-from .teaching import data_dependent_init, detect_stale, steps
+from .teaching import StaleWeightError, data_dependent_init, detect_stale, steps
+
+__version__ = "0.1.0"
 
 __all__ = [
+    "ForeignNormWarning",
     "Reparametrization",
     "SpectralNorm",
+    "StaleWeightError",
     "WeightNorm",
     "apply_all",
     "assign_all",
@@ -22,7 +41,11 @@ __all__ = [
     "functional",
     "normed",
     "recompute_all",
+    "remove_spectral_norm",
+    "remove_weight_norm",
     "report",
     "script",
+    "spectral_norm",
     "steps",
+    "weight_norm",
 ]

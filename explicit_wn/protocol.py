@@ -24,12 +24,12 @@ class Norm(nn.Module):
     buffer_parts: ClassVar[tuple[str, ...]] = ()
     spellings: ClassVar[dict[str, str]] = {}
     default_dim: ClassVar[int | str | None] = None
-    kind: ClassVar[str]
-    __constants__ = ["kind"]  # for TorchScript, which compiles `label`
+    _kind: ClassVar[str]
+    __constants__ = ["_kind"]  # for TorchScript, which compiles `_label`
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        cls.kind = cls.__name__
+        cls._kind = cls.__name__
 
     def __attrs_pre_init__(self) -> None:
         super().__init__()
@@ -39,15 +39,15 @@ class Norm(nn.Module):
         name = self.name
         if isinstance(name, nn.Module):  # as torch's functions take them
             raise TypeError(
-                f"{self.kind}(name) takes the name of a parameter, not a {type(name).__name__}; the module comes "
-                f'after it: {self.kind}("weight").apply(module).'
+                f"{self._kind}(name) takes the name of a parameter, not a {type(name).__name__}; the module comes "
+                f'after it: {self._kind}("weight").apply(module).'
             )
         if not isinstance(name, str):
             raise settings.refusal(self, "name", name, "a str, the name of a parameter", TypeError)
         name = str.__str__(name)  # whatever a subclass says of itself
         reason = refusals.refusal((*refusals.NAMES, refusals.NO_IDENTIFIER), Asked(self, nn.Module(), name))
         if reason:
-            raise ValueError(f"{self.kind} cannot norm {name!r}: {reason}.")
+            raise ValueError(f"{self._kind} cannot norm {name!r}: {reason}.")
         if not is_dim(getattr(self, "dim", None)):
             raise settings.refusal(self, "dim", self.dim, DIM, TypeError)
 
@@ -74,7 +74,7 @@ class Norm(nn.Module):
         return attrs.evolve(self)  # type: ignore[misc]
 
     @classmethod
-    def part_names(cls) -> set[str]:
+    def _part_names(cls) -> set[str]:
         """What the formula takes that is no setting."""
         settings = {field.name for field in attrs.fields(cls)}  # type: ignore[arg-type]
         return set(inspect.signature(cls.formula).parameters) - settings
@@ -82,17 +82,17 @@ class Norm(nn.Module):
     # How it shows
 
     @property
-    def label(self) -> str:
+    def _label(self) -> str:
         """What this object calls its own in a module."""
-        return self.kind + " " + self.name
+        return self._kind + " " + self.name
 
     def extra_repr(self) -> str:
         """The name and the settings, for the `repr`."""
         return ", ".join([repr(self.name), *self._settings_shown()])
 
-    def describe(self) -> str:
+    def _describe(self) -> str:
         """This norm as a setting of the module it is applied to: `weight=WeightNorm(dim=0)`."""
-        return f"{self.name}={self.kind}({', '.join(self._settings_shown())})"
+        return f"{self.name}={self._kind}({', '.join(self._settings_shown())})"
 
     def _settings_shown(self) -> list[str]:
         fields = [f for f in attrs.fields(type(self)) if f.name != "name"]  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ class Norm(nn.Module):
 
     # State dicts
 
-    def respell(self, state_dict: dict[str, Any], prefix: str, parts: tuple[str, ...]) -> None:
+    def _respell(self, state_dict: dict[str, Any], prefix: str, parts: tuple[str, ...]) -> None:
         """Renames the parts of one weight as a parametrized module calls them to ours."""
         for part, spelling in self.spellings.items():
             foreign = f"{prefix}parametrizations.{self.name}.{spelling}"

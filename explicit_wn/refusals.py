@@ -45,7 +45,7 @@ class Asked:
     @property
     def clash(self) -> str:
         """The parts that both norms would have, in brackets."""
-        both = sorted(f"{self.name}_{part}" for part in self.norm_there.part_names() & self.norm.part_names())
+        both = sorted(f"{self.name}_{part}" for part in self.norm_there._part_names() & self.norm._part_names())
         return f" (both would keep a part in {', '.join(map(repr, both))})" if both else ""
 
     @property
@@ -86,7 +86,7 @@ Refusal = tuple[Callable[[Asked], Any], str]
 NAMES: tuple[Refusal, ...] = (
     (
         lambda asked: "." in asked.name,
-        "apply wants the module that owns the parameter: {asked.norm.kind}({asked.own!r}).apply(model.{asked.owner})",
+        "apply wants the module that owns the parameter: {asked.norm._kind}({asked.own!r}).apply(model.{asked.owner})",
     ),
     (
         lambda asked: is_reserved(asked.name),

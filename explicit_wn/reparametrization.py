@@ -96,10 +96,10 @@ class Reparametrization(Norm):
         graph that `torch.compile` or `torch.export` captures nothing is stored: the weight is part of the graph.
         """
         if is_scripting():
-            module._recompute_normed(self.label)  # type: ignore[operator]
+            module._recompute_normed(self._label)  # type: ignore[operator]
         else:
             recomputes = getattr(type(module), "_normed_recompute", _NONE)
-            recomputes.get(self.kind + " " + self.name, self._cannot_recompute)(module)
+            recomputes.get(self._kind + " " + self.name, self._cannot_recompute)(module)
 
     def call(self, module: Module) -> Module:
         """`recompute`, returning the module. `wn(module)` is the same."""
@@ -178,7 +178,7 @@ class Reparametrization(Norm):
             getattr(module, norm.name)
         return module
 
-    def adopt(self, module: nn.Module, parts: dict[str, Tensor]) -> None:
+    def _adopt(self, module: nn.Module, parts: dict[str, Tensor]) -> None:
         """Makes `module` carry this norm, inlined, with parts that exist already; the caller sees to the rest."""
         self._put(module, self._recipe_for(tuple(parts), self.name, inlined=True), parts)
 
@@ -254,7 +254,7 @@ class Reparametrization(Norm):
 
     def _not_normed(self, module: nn.Module, name: str | None, verb: str) -> Exception:
         by = ", ".join(repr(recipe.norm) for recipe in carrier.recipes_of(module)) or "no norm"
-        reason = f"{self.kind}.apply(module) was not called for it, or remove ended it; this module carries {by}"
+        reason = f"{self._kind}.apply(module) was not called for it, or remove ended it; this module carries {by}"
         own = ", ".join(repr(recipe.name) for recipe in self._own(module, None))
         if own:
             reason += f", and this object norms {own} in it"
@@ -265,7 +265,7 @@ class Reparametrization(Norm):
 
     def _own(self, module: nn.Module, name: str | None) -> list[Recipe]:
         """What this object does in `module`, if anything: to `name`, or to all that it was applied to."""
-        ours = [recipe for recipe in carrier.recipes_of(module) if self.label in recipe.labels]
+        ours = [recipe for recipe in carrier.recipes_of(module) if self._label in recipe.labels]
         found = [recipe for recipe in ours if name is None or recipe.name == name]
         if not found and name is not None:
             found = [r for r in carrier.recipes_of(module) if r.name == name and type(r.norm) is type(self)]

@@ -31,7 +31,7 @@ class Carrier(nn.Module):
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
-        return ", ".join([*([own] if own else []), *(recipe.norm.describe() for recipe in self._normed)])
+        return ", ".join([*([own] if own else []), *(recipe.norm._describe() for recipe in self._normed)])
 
     def __setattr__(self, name: str, value: Any) -> None:
         descriptor = getattr(type(self), name, None)
@@ -55,7 +55,7 @@ class Carrier(nn.Module):
         known = len(errors)
         with contextlib.suppress(_DoesNotFit), all_or_nothing(self), values_or_nothing(_own_tensors(self)):
             for recipe in self._normed:
-                recipe.norm.respell(state_dict, prefix, recipe.parts)
+                recipe.norm._respell(state_dict, prefix, recipe.parts)
                 problem = _split_plain(self, recipe, state_dict, prefix)
                 if problem:
                     errors.append(problem)

@@ -60,7 +60,7 @@ class Recipe:
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """What a recompute may ask for to mean this weight."""
-        kind = self.norm.kind
+        kind = self.norm._kind
         labels = [f"{kind} {self.owner}", f"{kind} {self.name}", *([INLINED] if self.inlined else [])]
         return tuple(dict.fromkeys(labels))
 

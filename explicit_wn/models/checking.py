@@ -81,9 +81,9 @@ def _of_module(path: str, module: nn.Module) -> Iterator[Finding]:
             yield Finding(qualified(path, found.name), "spelling of torch", "explicit_wn.convert(model)")
     norms: dict[str, str] = {}
     for name, child in module.named_children():
-        if isinstance(child, Reparametrization) and norms.setdefault(child.label, repr(child)) != repr(child):
+        if isinstance(child, Reparametrization) and norms.setdefault(child._label, repr(child)) != repr(child):
             yield Finding(
-                qualified(path, name), "same name", f"keep one: {child.label!r} is all that either recomputes"
+                qualified(path, name), "same name", f"keep one: {child._label!r} is all that either recomputes"
             )
 
 

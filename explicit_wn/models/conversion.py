@@ -14,6 +14,10 @@ from .spellings import Found
 from .verbs import check_model, naming, normed
 
 
+class ForeignNormWarning(UserWarning):
+    """`convert` left alone what looks like the parts of a norm that is neither torch's nor ours."""
+
+
 def convert(model: nn.Module) -> list[str]:
     """Makes every weight norm and spectral norm of torch's, hook or parametrization, one of ours; returns their names.
 
@@ -22,11 +26,13 @@ def convert(model: nn.Module) -> list[str]:
     and nothing is changed then. Copies of the model stay as they are.
 
     A norm that has nothing of torch's is left as it is. Where tensors look like the parts of one, `weight_g` beside
-    `weight_v` for example, one warning names them all, and `report` shows them as `foreign`: only a warning, since a
-    module may well compute its weight so in its own `forward`.
+    `weight_v` for example, one `ForeignNormWarning` names them all, and `report` shows them as `foreign`: only a
+    warning, since a module may well compute its weight so in its own `forward`.
 
-    Call it once, after a project's own `apply_weight_norm()`, and `fold` in the place of its `remove_weight_norm()`:
-    both look for torch's norms and raise in a converted model.
+    Call it once, after a project's own `apply_weight_norm()`, and `fold` in the place of its `remove_weight_norm()`.
+    Both look for torch's norms: in a converted model torch's function raises "weight_norm of 'weight' not found", and
+    where a project swallows that error, every norm stays without a word. `report` shows what is left. Only a project
+    that imports `remove_weight_norm` from this package may go on with its own.
 
     >>> import torch
     >>> model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
@@ -46,6 +52,7 @@ def convert(model: nn.Module) -> list[str]:
         warnings.warn(
             f"convert leaves alone what looks like parts of norms that are neither torch's nor ours: {foreign}. End "
             "such a norm in the way of the project that made it and apply one of ours, or let it be if it is meant so.",
+            ForeignNormWarning,
             stacklevel=2,
         )
     return _make_ours(model)
@@ -106,7 +113,7 @@ def fold(model: nn.Module) -> list[str]:
                 norm.remove(module, norm.name)
         for module in model.modules():
             for key, child in module._modules.items():
-                if isinstance(child, Reparametrization) and child.label in ended:
+                if isinstance(child, Reparametrization) and child._label in ended:
                     inert = Folded(child).train(child.training)
                     module._modules[key] = inert  # in this place; another model may use the object still
     return [name for name, _, _ in folded]

@@ -87,7 +87,7 @@ def _ours(module: nn.Module) -> Iterator[Found]:
         with torch.no_grad():
             weight = recipe.compute(module)
         shape, state = tuple(weight.shape), state_of(module, recipe, weight)
-        yield Found(recipe.name, "ours", recipe.norm, recipe.norm.kind, recipe.read(module), shape, state, None)
+        yield Found(recipe.name, "ours", recipe.norm, recipe.norm._kind, recipe.read(module), shape, state, None)
 
 
 def _row(path: str, found: Found) -> Row:

@@ -67,7 +67,7 @@ def _from_hook(module: nn.Module, hook: Any) -> Found:
     name, kind, names = hook.name, type(hook), ["g", "v"]
     if isinstance(hook, SpectralNormHook):
         names = ["orig", "u", "v"]
-        norm, why_not = _made(SpectralNorm, name, hook.n_power_iterations, max(_SMALLEST, hook.eps), hook.dim)
+        norm, why_not = _made(SpectralNorm, name, hook.n_power_iterations, max(SMALLEST, hook.eps), hook.dim)
     else:
         norm, why_not = _made(WeightNorm, name, None if hook.dim == -1 else hook.dim)
     own: dict[str, Any] = {**module._parameters, **module._buffers}
@@ -78,11 +78,11 @@ def _from_hook(module: nn.Module, hook: Any) -> Found:
         why_not = "a part of it is computed by another tool (parametrize or prune); end that first"
     whole = getattr(module, f"{name}_{names[0]}" if len(names) == 3 else f"{name}_v")
     stale = norm is not None and len(parts) == len(names) and _differs(norm, parts, vars(module).get(name))
-    state, called = "stale" if stale else "fresh", norm.kind if norm else kind.__name__
+    state, called = "stale" if stale else "fresh", norm._kind if norm else kind.__name__
     return Found(name, "hook", norm, called, parts, tuple(whole.shape), state, why_not)
 
 
-_SMALLEST = torch.finfo(torch.float32).tiny
+SMALLEST = torch.finfo(torch.float32).tiny
 """torch's spectral norm takes an eps of 0, and ours does not; this one divides alike."""
 
 
@@ -128,7 +128,7 @@ def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
     elif type(applied[0]) is _NORMS[1] and len(applied) == 1:
         one = applied[0]
         iterations = getattr(one, "n_power_iterations", 1)  # a vector's has none
-        norm, why_not = _made(SpectralNorm, name, iterations, max(_SMALLEST, one.eps), one.dim, first="u")
+        norm, why_not = _made(SpectralNorm, name, iterations, max(SMALLEST, one.eps), one.dim, first="u")
         parts = {"orig": last, **{part: one._buffers[f"_{part}"] for part in "uv" if f"_{part}" in one._buffers}}
     elif any(isinstance(one, _NORMS) for one in applied):
         why_not = (
@@ -140,7 +140,7 @@ def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
         why_not = (
             f"the module carries a norm of ours, and {others[0]!r} is parametrized otherwise; end one of them first"
         )
-    kind = norm.kind if norm else kinds
+    kind = norm._kind if norm else kinds
     return Found(name, "parametrization", norm, kind, parts, tuple(last.shape), "fresh", why_not)
 
 
@@ -198,7 +198,7 @@ def become_ours(module: nn.Module, found: list[Found]) -> None:
         carrier.carry(module, carried)
     for one in found:
         assert one.norm is not None, "convert refuses it"
-        one.norm.adopt(module, one.parts)
+        one.norm._adopt(module, one.parts)
 
 
 def class_of(module: nn.Module) -> type:

@@ -118,9 +118,9 @@ class SpectralNorm(Reparametrization):
             return None
         return f"its largest singular value is {sigma.item():.9g}, and that of a normed weight is 1; divide it by that"
 
-    def respell(self, state_dict: dict[str, Any], prefix: str, parts: tuple[str, ...]) -> None:
+    def _respell(self, state_dict: dict[str, Any], prefix: str, parts: tuple[str, ...]) -> None:
         """Also reads what torch's hook wrote before 1.0, the weight instead of v, and its u and v of a vector."""
-        super().respell(state_dict, prefix, parts)
+        super()._respell(state_dict, prefix, parts)
         key = prefix + self.name
         if "v" not in parts:
             for part in self.buffer_parts:

@@ -211,7 +211,7 @@ def _name_and_advice(module: nn.Module, recipe: Recipe, models: list[nn.Module])
 
 
 def _is_norm_of(recipe: Recipe, module: nn.Module | None) -> bool:
-    return isinstance(module, Reparametrization) and module.label in recipe.labels
+    return isinstance(module, Reparametrization) and module._label in recipe.labels
 
 
 def _path_of(module: nn.Module, models: list[nn.Module]) -> tuple[nn.Module, str]:
