@@ -2,7 +2,7 @@
 
 from . import functional
 from .contexts.torchscript import script
-from .models import apply_all, cached, convert, fold, normed, recompute_all, report
+from .models import apply_all, cached, convert, fold, load_r, normed, recompute_all, report
 from .norms import SpectralNorm, WeightNorm
 from .reparametrization import Reparametrization
 from .teaching import data_dependent_init, detect_stale, steps
@@ -18,6 +18,7 @@ __all__ = [
     "detect_stale",
     "fold",
     "functional",
+    "load_r",
     "normed",
     "recompute_all",
     "report",
