@@ -156,7 +156,7 @@ def _join(name: str, state: dict[str, Tensor]) -> Iterator[str]:
     state[name] = v
     kept = _kept(g, v)
     if not kept:
-        yield f"{name + '_g'!r} of the file, {shape_shown(g.shape)}, is no magnitude of a weight {shape_shown(v.shape)}"
+        yield f"{name + '_g'!r} of the file, {_shown(g)}, is no magnitude of a weight {_shown(v)}"
         return
     norm = WeightNorm(dim=kept[0])
     objection = norm.objection(v)
@@ -211,10 +211,14 @@ def _why_not(value: Tensor, own: Tensor) -> str | None:
     if own.is_meta:
         return "is on the meta device: give the model memory with to_empty first"
     if value.shape != own.shape and not value.numel() == own.numel() == 1:
-        return f"is {shape_shown(value.shape)} in the file and {shape_shown(own.shape)} in the model"
+        return f"is {_shown(value)} in the file and {_shown(own)} in the model"
     if value.is_floating_point() != own.is_floating_point() or not torch.can_cast(value.dtype, own.dtype):
         return f"is {value.dtype} in the file and {own.dtype} in the model"
     return None
+
+
+def _shown(tensor: Tensor) -> str:
+    return shape_shown(tensor.shape) if tensor.dim() else "a single number"
 
 
 def _way_out(name: str, state: dict[str, Tensor]) -> str:
@@ -232,5 +236,6 @@ def _torn(state: dict[str, Tensor], own: dict[str, Any]) -> Iterator[str]:
     first: dict[int, str] = {}
     for name in [name for name in own if name in state]:
         other = first.setdefault(id(own[name]), name)
-        if not torch.equal(state[name], state[other]):
+        value, expected = state[name].flatten(), state[other].flatten()
+        if not torch.equal(value.to(expected.dtype), expected):
             yield f"{other!r} and {name!r} are one tensor of the model, and differ in the file"

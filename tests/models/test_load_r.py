@@ -13,9 +13,9 @@ import torch
 from layers import weight_of
 from r_files import FOLDER, write_as_r
 from torch import Tensor, nn
-from whole_models import WEIGHT_NORMS, Picture, assert_unchanged, change_values
+from whole_models import WEIGHT_NORMS, Picture, assert_unchanged, change_values, interrupted
 
-from explicit_wn import Reparametrization, SpectralNorm, WeightNorm, load_r, recompute_all
+from explicit_wn import Reparametrization, SpectralNorm, WeightNorm, apply_all, fold, load_r, recompute_all
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 
@@ -204,13 +204,43 @@ def test_a_module_in_two_places_and_a_tied_parameter(tmp_path: Path) -> None:
     model.other.weight = tied.weight
     state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
     state |= {f"rnn_again.{name[4:]}": value for name, value in state.items() if name.startswith("rnn.")}
-    state["other.weight"] = state["fc.weight"]
+    state["other.weight"] = state["fc.weight"].double()  # the same numbers
     of_r = in_r(in_r(state), rnn="rnn_again")
     write_as_r(tmp_path / "model.pt", of_r)
     load_r(model, tmp_path / "model.pt")
     torch.testing.assert_close(model.rnn_again.weight_ih_l0.detach(), of_r["rnn.weight_ih_l1"])
     write_as_r(tmp_path / "torn.pt", of_r | {"other.weight": torch.zeros(3, 3)})
     refused(model, tmp_path / "torn.pt", "'fc.weight' and 'other.weight' are one tensor of the model")
+
+
+class Nested(nn.Module):
+    """Layers of many kinds, in modules within modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.attention = nn.Embedding(5, 4), nn.MultiheadAttention(4, 2)
+        self.pair, self.slope, self.scale = nn.Bilinear(2, 2, 2), nn.PReLU(), nn.LayerNorm(4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.ConvTranspose2d(2, 3, 2), nn.BatchNorm2d(3)) for _ in range(2))
+        self.cells = nn.ModuleDict({"rnn": nn.GRU(3, 2, 2, bidirectional=True, bias=False)})
+        self.register_buffer("window", torch.randn(3, dtype=torch.float64))
+        self.register_buffer("table", torch.randn(3), persistent=False)
+
+
+def test_modules_within_modules(tmp_path: Path) -> None:
+    source, target = Nested(), Nested()
+    change_values(source, seed=4)
+    source.blocks[0][1].num_batches_tracked.add_(7)
+    expected = {name: value.clone() for name, value in source.state_dict().items()}
+    write_as_r(tmp_path / "nested.pt", in_r(expected, rnn="cells.rnn"))
+    load_r(target, tmp_path / "nested.pt")
+    for name, value in target.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+    names = apply_all(target, WeightNorm(dim="out"))
+    change_values(target, seed=5)
+    load_r(target, tmp_path / "nested.pt")
+    assert fold(target) == names == ["blocks.0.0.weight", "blocks.1.0.weight"]
+    for name, value in target.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
 
 
 # What does not fit
@@ -236,7 +266,7 @@ MISFITS: dict[str, tuple[nn.Module, dict[str, Tensor | None], tuple[str, ...]]] 
     "NULL for a dim": (
         named(fc=WeightNorm().apply(nn.Linear(4, 4))),
         {"fc.weight_g": torch.tensor(2.0)},
-        ("'fc.weight_g' is number in the file", "WeightNorm.from_r('weight', None)"),
+        ("'fc.weight_g' is a single number in the file", "WeightNorm.from_r('weight', None)"),
     ),
     "another size": (named(fc=nn.Linear(3, 4)), {}, ("'fc.weight' is 4×4 in the file and 4×3 in the model",)),
     "another size of a plain weight": (
@@ -321,6 +351,24 @@ def test_what_torch_itself_refuses_half_way_changes_nothing(tmp_path: Path) -> N
         load_r(model, tmp_path / "r.pt")
     for name, value in [*model.state_dict().items(), ("weight", model.fc.weight)]:
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_a_ctrl_c_leaves_all_that_was_there_or_all_of_r_s(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        body = named(fc=WeightNorm().apply(nn.Linear(2, 3)), rnn=WeightNorm("weight_hh_l0").inline(nn.LSTM(3, 2)))
+        return named(body=body, bn=nn.BatchNorm1d(2))
+
+    def values(model: Any) -> list[Tensor]:
+        return [value.clone() for value in [*model.state_dict().values(), model.body.fc.weight.detach()]]
+
+    of_r, before = build(), values(build())
+    change_values(of_r, seed=6)
+    write_as_r(tmp_path / "r.pt", in_r(of_r.state_dict(), rnn="body.rnn"))
+    after = values(load_r(build(), tmp_path / "r.pt"))
+    for model, _ in interrupted(build, lambda model: load_r(model, tmp_path / "r.pt")):
+        found = values(model)
+        assert any(all(map(torch.equal, found, one)) for one in (before, after))
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
