@@ -3,6 +3,7 @@
 from .checking import Finding, Findings, check
 from .conversion import ForeignNormWarning, convert, fold
 from .dropin import remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
+from .from_r import load_r
 from .initializing import assign_all
 from .reporting import Report, Row, report
 from .verbs import apply_all, cached, normed, recompute_all
@@ -19,6 +20,7 @@ __all__ = [
     "check",
     "convert",
     "fold",
+    "load_r",
     "normed",
     "recompute_all",
     "remove_spectral_norm",

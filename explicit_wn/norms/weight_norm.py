@@ -100,7 +100,9 @@ class WeightNorm(Reparametrization):
         if dim is not None and not settings.is_int(dim):
             raise TypeError(f"from_r({name!r}, {dim!r}): R's dim is an int, or NULL, which is None here.")
         if dim == 0:
-            raise ValueError(f"from_r({name!r}, 0): R counts dimensions from 1, and refuses 0; the first one is 1.")
+            raise ValueError(
+                f"from_r({name!r}, 0): R counts dimensions from 1, and its apply refuses 0; the first one is 1."
+            )
         if dim is None or dim == -1:
             return cls(name, dim=None)
         return cls(name, dim=dim - 1 if dim > 0 else dim)

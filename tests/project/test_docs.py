@@ -1,7 +1,6 @@
 """The documents say what is so: their code runs and prints what they show, and their tables are what happens."""
 
 import inspect
-import json
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from r_files import write_as_r
 
 import explicit_wn.teaching
 
@@ -46,25 +46,6 @@ CHAPTERS = [
     for title, (_, text) in chapters(name).items()
     if blocks(text, "python")
 ]
-
-
-def write_as_r(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Writes what `torch_save(module, path)` of torch for R does; the header is not padded.
-
-    The last entry is the serialized R object, which is of no use here; any bytes will do.
-    """
-    tensors = state | {"__robj__": torch.arange(7, dtype=torch.uint8)}
-    about = {"type": "module", "version": 3, "requires_grad": dict.fromkeys(state, True)}
-    header: dict[str, object] = dict.fromkeys(tensors) | {"__metadata__": {"__r__": json.dumps(about)}}
-    position = 0
-    for name, tensor in tensors.items():
-        dtype = {torch.float32: "F32", torch.uint8: "U8"}[tensor.dtype]
-        end = position + tensor.nbytes
-        header[name] = {"shape": list(tensor.shape), "dtype": dtype, "data_offsets": [position, end]}
-        position = end
-    written = json.dumps(header, separators=(",", ":")).encode()
-    buffers = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
-    path.write_bytes(len(written).to_bytes(8, "little") + written + buffers)
 
 
 @pytest.fixture
