@@ -1,6 +1,6 @@
 """Weight normalization for PyTorch as an object you call."""
 
-from . import functional
+from . import checkpoint, functional
 from .contexts.torchscript import script
 from .models import apply_all, cached, convert, fold, normed, recompute_all, report
 from .norms import SpectralNorm, WeightNorm
@@ -13,6 +13,7 @@ __all__ = [
     "WeightNorm",
     "apply_all",
     "cached",
+    "checkpoint",
     "convert",
     "data_dependent_init",
     "detect_stale",
