@@ -1,6 +1,6 @@
 """Weight normalization for PyTorch as an object you call."""
 
-from . import functional
+from . import checkpoint, functional
 from .contexts.torchscript import script
 from .models import (
     ForeignNormWarning,
@@ -35,6 +35,7 @@ __all__ = [
     "assign_all",
     "cached",
     "check",
+    "checkpoint",
     "convert",
     "data_dependent_init",
     "detect_stale",

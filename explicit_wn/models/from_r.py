@@ -135,7 +135,7 @@ def _meet(state: dict[str, Tensor], own: dict[str, Any], norms: dict[str, _Norme
     """Makes `state` and `own` name the same weights and parts; yields why where that cannot be."""
     for name, normed in norms.items():
         if type(normed.norm) is WeightNorm:
-            normed.norm.respell(own, name[: -len(normed.norm.name)], normed.parts)
+            normed.norm._respell(own, name[: -len(normed.norm.name)], normed.parts)
     for name in [key[:-2] for key in state if key.endswith("_g") and f"{key[:-2]}_v" in state]:
         if not _takes_parts(name, own, norms):
             yield from _join(name, state)
