@@ -23,7 +23,7 @@ class Norm(nn.Module):
     steps: ClassVar[Callable[..., Iterable[tuple[str, str, str, Tensor]]] | None] = None
     buffer_parts: ClassVar[tuple[str, ...]] = ()
     spellings: ClassVar[dict[str, str]] = {}
-    default_dim: ClassVar[int | str | None] = None
+    default_dim: ClassVar[settings.Dim] = None
     _kind: ClassVar[str]
     __constants__ = ["_kind"]  # for TorchScript, which compiles `_label`
 
@@ -48,8 +48,8 @@ class Norm(nn.Module):
         reason = refusals.refusal((*refusals.NAMES, refusals.NO_IDENTIFIER), Asked(self, nn.Module(), name))
         if reason:
             raise ValueError(f"{self._kind} cannot norm {name!r}: {reason}.")
-        if not is_dim(getattr(self, "dim", None)):
-            raise settings.refusal(self, "dim", self.dim, DIM, TypeError)
+        if not self._is_dim(getattr(self, "dim", None)):
+            raise settings.refusal(self, "dim", self.dim, self._dims_shown(), TypeError)
 
     # What a norm defines
 
@@ -78,6 +78,23 @@ class Norm(nn.Module):
         """What the formula takes that is no setting."""
         settings = {field.name for field in attrs.fields(cls)}  # type: ignore[arg-type]
         return set(inspect.signature(cls.formula).parameters) - settings
+
+    # What `dim` may be
+
+    @classmethod
+    def _named_dims(cls) -> tuple[str, ...]:
+        """The names for a `dim`. Where None stands for a dimension, there is no norm of the whole tensor."""
+        return ("out", "whole") if cls.default_dim is None else ("out",)
+
+    @classmethod
+    def _is_dim(cls, value: Any) -> bool:
+        if isinstance(value, str):
+            return value in cls._named_dims()
+        return value is None or settings.is_int(value)
+
+    @classmethod
+    def _dims_shown(cls) -> str:
+        return ", ".join(["an int", *(f'"{name}"' for name in cls._named_dims())]) + " or None"
 
     # How it shows
 
@@ -115,13 +132,3 @@ class Norm(nn.Module):
                 f"{cls.__name__} is no attrs class that torch can use; write the line "
                 "@attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False) above it."
             )
-
-
-DIM = 'an int, "out" or None'
-
-
-def is_dim(value: Any) -> bool:
-    """Whether it is what `dim` may be."""
-    if isinstance(value, str):
-        return value == "out"
-    return value is None or settings.is_int(value)

@@ -1,7 +1,7 @@
 """The verbs that every norm shares, over one module; what a norm is by itself stands in `protocol.py`."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import attrs
 import torch
@@ -12,8 +12,9 @@ from .carrier import Recipe, all_or_nothing, recipe_for, store_of, values_or_not
 from .contexts.interface import WhatApplyReturns
 from .contexts.torchscript import is_scripted, is_scripting
 from .layers import TRANSPOSED
-from .protocol import DIM, Norm, is_dim
+from .protocol import Norm
 from .refusals import Asked
+from .settings import Dim
 
 Module = TypeVar("Module", bound=nn.Module)
 Self = TypeVar("Self", bound="Reparametrization")
@@ -27,7 +28,8 @@ class Reparametrization(Norm):
 
     A subclass is an attrs class, decorated as below (so that attrs leaves what is nn.Module's to it), that defines
 
-    - its settings, as fields: `name`, and whatever its formula takes; `dim` may be an int, `"out"` or None;
+    - its settings, as fields: `name`, and whatever its formula takes; `dim`, of the type `settings.Dim`, may be an int,
+      `"out"`, `"whole"` or None, and reaches the formula as an int or None;
     - `formula`: the weight from the parts and the settings, which it takes by their names. TorchScript compiles it;
     - `split`: the parts from a weight, by the formula's names for them;
     - `buffer_parts`: which of them are buffers; the others are parameters;
@@ -60,24 +62,31 @@ class Reparametrization(Norm):
 
     # The verbs
 
-    def apply(self, module: Any, name: str | None = None, dim: int | str | None = None) -> Any:
+    @overload  # mypy minds that a module can be called as well; the first that fits counts
+    def apply(self, module: Module, name: str | None = None, dim: Dim = None) -> Module: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def apply(self: Self, module: Callable[[nn.Module], object]) -> Self: ...
+
+    def apply(self, module: Any, name: str | None = None, dim: Dim = None) -> Any:
         """Replaces the parameter `name` of `module` by its parts and computes the weight; returns `module`.
 
         Args:
             module: the module, changed in place. Given a function instead, this is `nn.Module.apply`, so that
                 `model.apply(init_fn)` works on a model that holds a norm.
             name: the parameter; by default this object's `name`.
-            dim: the dimension that is kept; by default this object's `dim`.
+            dim: the dimension that is kept. Here `None` means that of this object, as `NULL` does in R, though
+                `WeightNorm(dim=None)` means the whole tensor; `"whole"` means the whole tensor in both places.
         """
         if callable(module) and not isinstance(module, (nn.Module, type)):
             return super().apply(module)
         return self._install(module, name, dim, inlined=False)
 
-    def inline(self, module: Module, name: str | None = None, dim: int | str | None = None) -> Module:
+    def inline(self, module: Module, name: str | None = None, dim: Dim = None) -> Module:
         """`apply`, and the recompute goes at the top of the module's own `forward`."""
         return self._install(module, name, dim, inlined=True)
 
-    def compute_weight(self, module: nn.Module, name: str | None = None, dim: int | str | None = None) -> Tensor:
+    def compute_weight(self, module: nn.Module, name: str | None = None, dim: Dim = None) -> Tensor:
         """The weight from the parts as they are now; stores nothing."""
         recipe = self._recipe(module, name)
         weight = recipe.compute(module)
@@ -157,7 +166,7 @@ class Reparametrization(Norm):
 
     # Behind the verbs
 
-    def _install(self, module: Module, name: str | None, dim: int | str | None, inlined: bool) -> Module:
+    def _install(self, module: Module, name: str | None, dim: Dim, inlined: bool) -> Module:
         norm, weight = self._resolve(module, name, dim)
         if inlined:
             self._check(module, norm.name, refusals.no_forward(module), "inline")
@@ -191,7 +200,7 @@ class Reparametrization(Norm):
     def _recipe_for(self, parts: tuple[str, ...], owner: str, inlined: bool) -> Recipe:
         return recipe_for(self, parts, owner, inlined)
 
-    def _resolve(self: Self, module: Any, name: str | None, dim: int | str | None) -> tuple[Self, nn.Parameter]:
+    def _resolve(self: Self, module: Any, name: str | None, dim: Dim) -> tuple[Self, nn.Parameter]:
         """This norm with the settings that hold for one parameter of `module`, and that parameter."""
         self._check_class()
         name = self.name if name is None else name
@@ -213,18 +222,19 @@ class Reparametrization(Norm):
             return None
         if isinstance(dim, str) and dim == "out":
             return 1 if ndim > 1 and isinstance(module, TRANSPOSED) else 0
-        if not is_dim(dim):
-            raise self._refusal(module, name, f"dim is {DIM}, not {dim!r}", TypeError)
+        if not self._is_dim(dim):
+            raise self._refusal(module, name, f"dim is {self._dims_shown()}, not {dim!r}", TypeError)
+        if dim == "whole":
+            return None
         if dim == -1 and self.default_dim is None:
             reason = (
                 "dim=-1 means the whole tensor to torch's weight_norm and the last dimension to most readers; say "
-                f"dim=None for one norm of the whole tensor, or dim={ndim - 1} to keep the last dimension"
+                f'dim="whole" for one norm of the whole tensor, or dim={ndim - 1} to keep the last dimension'
             )
             raise self._refusal(module, name, reason)
         if not -ndim <= dim < ndim:
-            reason = (
-                f"dim={dim} is out of range for a weight of {ndim} dimensions; take one from 0 to {ndim - 1}, or None"
-            )
+            reason = f"dim={dim} is out of range for a weight of {ndim} dimensions; take one from 0 to {ndim - 1}, or "
+            reason += f'"{self._named_dims()[-1]}"'
             if dim > 0 and hasattr(self, "from_r"):
                 reason += f" (from_r counts from 1 as R does, and calls it {dim + 1})"
             raise self._refusal(module, name, reason)
@@ -315,7 +325,7 @@ class Folded(nn.Module):
     def __call__(self, module: Module) -> Module:
         return module
 
-    def apply(self, module: Any, name: str | None = None, dim: int | str | None = None) -> Any:
+    def apply(self, module: Any, name: str | None = None, dim: Dim = None) -> Any:
         """`nn.Module.apply` of a function; there is no norm any more to apply to a module."""
         if callable(module) and not isinstance(module, (nn.Module, type)):
             return super().apply(module)

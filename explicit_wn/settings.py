@@ -5,10 +5,15 @@ eps: float = attrs.field(default=1e-5, validator=settings.positive_eps)
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 import torch
+
+if TYPE_CHECKING:
+    Dim = int | Literal["out", "whole"] | None
+else:
+    Dim = int | str | None  # TorchScript reads the annotations of a norm, and knows no Literal
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 

@@ -67,7 +67,7 @@ class SpectralNorm(Reparametrization):
     name: str = "weight"
     n_power_iterations: int = attrs.field(default=1, validator=settings.at_least(1))
     eps: float = attrs.field(default=1e-12, validator=settings.positive_eps)
-    dim: int | str | None = None
+    dim: settings.Dim = None
     warmup: int = attrs.field(default=15, kw_only=True, validator=settings.at_least(0))
     first: str = attrs.field(default="v", kw_only=True, validator=settings.one_of("u", "v"))
 

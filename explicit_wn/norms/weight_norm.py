@@ -42,8 +42,8 @@ class WeightNorm(Reparametrization):
 
     Args:
         name: the parameter to norm.
-        dim: the dimension that is kept. `None` means one norm for the whole tensor; `"out"` the layer's output
-            dimension, which is 0, and 1 for a ConvTranspose.
+        dim: the dimension that is kept. `None` and `"whole"` mean one norm for the whole tensor; `"out"` the layer's
+            output dimension, which is 0, and 1 for a ConvTranspose.
         eps: the smallest norm that is divided by; at 0 `apply` refuses a weight with a slice of zeros.
 
     >>> wn = WeightNorm("weight", dim=0)
@@ -57,7 +57,7 @@ class WeightNorm(Reparametrization):
     """
 
     name: str = "weight"
-    dim: int | str | None = 0
+    dim: settings.Dim = 0
     eps: float = attrs.field(default=0.0, validator=settings.eps)
 
     formula = staticmethod(weight_norm)

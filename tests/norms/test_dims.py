@@ -38,11 +38,11 @@ class Net(nn.Module):
 
 def dims_of(ndim: int) -> list[Dim]:
     """All of them but -1, which is refused."""
-    return [*range(ndim), *range(-ndim, -1), None, "out"]
+    return [*range(ndim), *range(-ndim, -1), None, "out", "whole"]
 
 
 def kept(dim: Dim, ndim: int) -> int | None:
-    if dim is None:
+    if dim in (None, "whole"):
         return None
     return 0 if isinstance(dim, str) else dim % ndim
 

@@ -144,20 +144,20 @@ NAMES: dict[str, Case] = {
     "no parameters": case(nn.ReLU, "'weight'", "no such parameter", "are none"),
 }
 DIMS: dict[str, Case] = {
-    "too large": case(linear, "dim=2", "2 dimensions", "from 0 to 1, or None", dim=2),
+    "too large": case(linear, "dim=2", "2 dimensions", 'from 0 to 1, or "whole"', dim=2),
     "too large in R": case(linear, "dim=4", "from_r counts from 1", "calls it 5", norm=WeightNorm.from_r("weight", 5)),
-    "too small": case(linear, "dim=-3", "2 dimensions", "from 0 to 1, or None", dim=-3),
-    "too large for a bias": case(linear, "'bias'", "dim=1", "from 0 to 0, or None", name="bias", dim=1),
-    "-1": case(linear, "dim=-1", "whole tensor", "dim=None", KEEP_LAST, dim=-1),
+    "too small": case(linear, "dim=-3", "2 dimensions", 'from 0 to 1, or "whole"', dim=-3),
+    "too large for a bias": case(linear, "'bias'", "dim=1", 'from 0 to 0, or "whole"', name="bias", dim=1),
+    "-1": case(linear, "dim=-1", "whole tensor", 'dim="whole"', KEEP_LAST, dim=-1),
     "-1 of a bias": case(linear, "dim=-1", "dim=0 to keep the last dimension", name="bias", dim=-1),
-    "-1 of the object": case(linear, "dim=-1", "whole tensor", "dim=None", KEEP_LAST, norm=WeightNorm(dim=-1)),
-    "True": case(linear, "not True", 'an int, "out" or None', dim=True, error=TypeError),
-    "False": case(linear, "not False", 'an int, "out" or None', norm=changed(dim=False), error=TypeError),
-    "float": case(linear, "not 0.0", 'an int, "out" or None', dim=0.0, error=TypeError),
-    "str": case(linear, "not 'in'", 'an int, "out" or None', dim="in", error=TypeError),
-    "empty str": case(linear, "not ''", 'an int, "out" or None', dim="", error=TypeError),
-    "tuple": case(linear, "not (0,)", 'an int, "out" or None', dim=(0,), error=TypeError),
-    "tensor": case(linear, "not tensor(0)", 'an int, "out" or None', dim=torch.tensor(0), error=TypeError),
+    "-1 of the object": case(linear, "dim=-1", "whole tensor", 'dim="whole"', KEEP_LAST, norm=WeightNorm(dim=-1)),
+    "True": case(linear, "not True", 'an int, "out", "whole" or None', dim=True, error=TypeError),
+    "False": case(linear, "not False", 'an int, "out", "whole" or None', norm=changed(dim=False), error=TypeError),
+    "float": case(linear, "not 0.0", 'an int, "out", "whole" or None', dim=0.0, error=TypeError),
+    "str": case(linear, "not 'in'", 'an int, "out", "whole" or None', dim="in", error=TypeError),
+    "empty str": case(linear, "not ''", 'an int, "out", "whole" or None', dim="", error=TypeError),
+    "tuple": case(linear, "not (0,)", 'an int, "out", "whole" or None', dim=(0,), error=TypeError),
+    "tensor": case(linear, "not tensor(0)", 'an int, "out", "whole" or None', dim=torch.tensor(0), error=TypeError),
 }
 WEIGHTS: dict[str, Case] = {
     "lazy": case(lambda: nn.LazyLinear(2), "LazyLinear", "not initialized yet", "run one batch"),
@@ -213,7 +213,7 @@ ELSEWHERE: dict[str, Case] = {
     "part taken by a submodule": case(lambda: holding(torch.ones(2, 2), weight_g=nn.ReLU()), "'weight_g' already"),
     "part taken by the class": case(lambda: WithAProperty(3, 2), "attribute 'weight_v' already", "rename"),
     "another already normed": case(lambda: normed_bias(), "'wieght'", "no such parameter", name="wieght"),
-    "another already normed, bad dim": case(lambda: normed_bias(), "dim=-1", "dim=None", dim=-1),
+    "another already normed, bad dim": case(lambda: normed_bias(), "dim=-1", 'dim="whole"', dim=-1),
     "class changed since": case(lambda: parametrized_since(), "changed to ParametrizedLinear", "undo that first"),
 }
 
@@ -335,6 +335,7 @@ class Short(Reparametrization):
 
 
 ALL = WeightNorm, SpectralNorm, Short
+NO_DIMS = [1.5, 0.0, True, "in", "", (0,), np.int64(1), torch.tensor(0)]
 NORMS_AND_BAD: dict[str, tuple[tuple[Any, ...], list[Any], str, type[Exception]]] = {
     "name": (ALL, [3, None, b"weight", ["weight"], True], "name is a str, the name of a parameter", TypeError),
     "name, odd": (ALL, ["", "a b", "class", "1st", "it's"], "is no Python identifier; register it under", ValueError),
@@ -345,12 +346,8 @@ NORMS_AND_BAD: dict[str, tuple[tuple[Any, ...], list[Any], str, type[Exception]]
         ValueError,
     ),
     "name, dotted": (ALL, ["fc.weight"], "('weight').apply(model.fc)", ValueError),
-    "dim": (
-        ALL,
-        [1.5, 0.0, True, "in", "", (0,), np.int64(1), torch.tensor(0)],
-        'dim is an int, "out" or None',
-        TypeError,
-    ),
+    "dim": ((WeightNorm, Short), NO_DIMS, 'dim is an int, "out", "whole" or None', TypeError),
+    "dim, of a matrix": ((SpectralNorm,), [*NO_DIMS, "whole"], 'dim is an int, "out" or None', TypeError),
     "eps": ((WeightNorm,), [-1, -1e-12, float("nan"), float("inf")], "eps is a finite float from 0 up", ValueError),
     "eps, type": ((WeightNorm,), ["a", True, None, np.float32(1)], "eps is a finite float from 0 up", TypeError),
     "eps, above": (
@@ -458,7 +455,7 @@ def test_compute_weight_refuses_another_dim_than_the_recorded() -> None:
     wn = WeightNorm()
     module = wn.apply(nn.Linear(3, 2))
     refused(lambda: wn.compute_weight(module, dim=1), module, "this Linear", "dim=1", "dim=0", "remove")
-    refused(lambda: wn.compute_weight(module, dim=-1), module, "dim=-1", "dim=None")
+    refused(lambda: wn.compute_weight(module, dim=-1), module, "dim=-1", 'dim="whole"')
     refused(lambda: wn.compute_weight(module, dim=True), module, "this Linear", "not True", error=TypeError)
 
 

@@ -1,0 +1,39 @@
+"""mypy and pyright understand a user's file, and refuse in it the lines that say so and no other."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "tests/users_file.py"
+
+
+def marked() -> set[int]:
+    """The lines that are to be refused."""
+    lines = enumerate(FILE.read_text().splitlines(), 1)
+    return {number for number, line in lines if line.endswith("# error")}
+
+
+def test_mypy_in_strict_mode_refuses_what_is_to_be_refused_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    arguments = ["--strict", "--output", "json", "--config-file", "", "--cache-dir", tmp_path]
+    done = subprocess.run([sys.executable, "-m", "mypy", *arguments, FILE], cwd=ROOT, capture_output=True, text=True)
+    errors = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = {error["line"]: error["message"] for error in errors if error["severity"] == "error"}
+    assert found.keys() == marked(), found or done.stderr
+
+
+@pytest.mark.skipif(shutil.which("pyright") is None, reason="needs pyright, and node for it")
+def test_pyright_in_strict_mode_refuses_what_is_to_be_refused_and_nothing_else(tmp_path: Path) -> None:
+    shutil.copy(FILE, tmp_path)
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "strict"}))
+    command = ["pyright", "--outputjson", "--pythonpath", sys.executable, "--project", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    errors = json.loads(done.stdout)["generalDiagnostics"]
+    found = {error["range"]["start"]["line"] + 1: error["message"] for error in errors if error["severity"] == "error"}
+    assert found.keys() == marked(), found
