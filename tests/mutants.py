@@ -45,6 +45,7 @@ TESTS = {
     "functional/spectral": "spectral_norm functional",
     "functional/weight": "functional middle_dim numerics properties dims autograd",
     "models/conversion": "model model_examples bad_input spellings",
+    "models/from_r": "load_r",
     "models/reporting": "model spellings",
     "models/spellings": "spellings model",
     "models/verbs": "model model_examples bad_input threads",

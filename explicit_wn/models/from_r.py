@@ -47,7 +47,7 @@ def load_r(model: Model, path: Path) -> Model:
     rnns = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.RNNBase)}
     state = {_renumbered(name, rnns, by=-1): value for name, value in _read(path).items()}
     norms, own = dict(_norms(model)), dict(model.state_dict(keep_vars=True))
-    problems = [*_meet(state, own, norms), *_misfits(state, own, rnns), *_torn(state, own)]
+    problems = [*_meet(state, own, norms, rnns), *_misfits(state, own, rnns), *_torn(state, own)]
     if problems:
         kind = spellings.class_of(model).__name__
         raise ValueError(f"load_r: {os.fspath(path)} does not fit this {kind}: {'; '.join(problems)}.")
@@ -131,16 +131,18 @@ def _norms(model: nn.Module) -> Iterator[tuple[str, _Normed]]:
                 yield qualified(path, found.name), _Normed(found.norm, ("g", "v"), found.parts["v"], False)
 
 
-def _meet(state: dict[str, Tensor], own: dict[str, Any], norms: dict[str, _Normed]) -> Iterator[str]:
+def _meet(state: dict[str, Tensor], own: dict[str, Any], norms: dict[str, _Normed], rnns: set[str]) -> Iterator[str]:
     """Makes `state` and `own` name the same weights and parts; yields why where that cannot be."""
     for name, normed in norms.items():
         if type(normed.norm) is WeightNorm:
             normed.norm._respell(own, name[: -len(normed.norm.name)], normed.parts)
     for name in [key[:-2] for key in state if key.endswith("_g") and f"{key[:-2]}_v" in state]:
         if not _takes_parts(name, own, norms):
-            yield from _join(name, state)
+            yield from _join(name, state, in_r=_renumbered(name, rnns, by=1))
     for name in [name for name in norms if name in state]:
-        yield from _join_own(name, own, norms[name], state[name])
+        objection = _join_own(name, own, norms[name], state[name])
+        if objection:
+            yield f"{norms[name].norm!r} cannot norm {_renumbered(name, rnns, by=1)!r} of the file: {objection}"
 
 
 def _takes_parts(name: str, own: dict[str, Any], norms: dict[str, _Normed]) -> bool:
@@ -150,18 +152,18 @@ def _takes_parts(name: str, own: dict[str, Any], norms: dict[str, _Normed]) -> b
     return name not in own or f"{name}_g" in own
 
 
-def _join(name: str, state: dict[str, Tensor]) -> Iterator[str]:
+def _join(name: str, state: dict[str, Tensor], in_r: str) -> Iterator[str]:
     """Replaces the parts of a weight in the file by the weight."""
     g, v = state.pop(f"{name}_g"), state.pop(f"{name}_v")
     state[name] = v
     kept = _kept(g, v)
     if not kept:
-        yield f"{name + '_g'!r} of the file, {_shown(g)}, is no magnitude of a weight {_shown(v)}"
+        yield f"'{in_r}_g' of the file, {_shown(g)}, is no magnitude of a weight {_shown(v)}"
         return
     norm = WeightNorm(dim=kept[0])
     objection = norm.objection(v)
     if objection:
-        yield f"no weight can be made of {name + '_v'!r} of the file: {objection}"
+        yield f"no weight can be made of '{in_r}_v' of the file: {objection}"
         return
     state[name] = norm.formula(v, g.reshape(norm.split(v)["g"].shape), kept[0])
 
@@ -174,15 +176,13 @@ def _kept(g: Tensor, v: Tensor) -> list[int | None]:
     return [dim for dim, shape in enumerate(shapes) if list(g.shape) == shape]
 
 
-def _join_own(name: str, own: dict[str, Any], normed: _Normed, weight: Tensor) -> Iterator[str]:
-    """Replaces the parts of a weight of the model by the weight, since the file has that."""
+def _join_own(name: str, own: dict[str, Any], normed: _Normed, weight: Tensor) -> str | None:
+    """Replaces the parts of a weight of the model by the weight, as in the file; says why that cannot be normed."""
     for part in normed.parts:
         own.pop(f"{name}_{part}", None)
     own[name] = normed.weight
     fits = weight.shape == normed.weight.shape and weight.is_floating_point()
-    objection = normed.norm.objection(weight) if fits else None
-    if objection:
-        yield f"{normed.norm!r} cannot norm {name!r} of the file: {objection}"
+    return normed.norm.objection(weight) if fits else None
 
 
 # What does not fit
@@ -196,7 +196,7 @@ def _misfits(state: dict[str, Tensor], own: dict[str, Any], rnns: set[str]) -> I
     for name in [name for name in own if name in state]:
         why = _why_not(state[name], own[name])
         if why:
-            yield f"{_both(name, rnns)} {why}{_way_out(name, state)}"
+            yield f"{_both(name, rnns)} {why}{_way_out(name, state, own)}"
 
 
 def _both(name: str, rnns: set[str]) -> str:
@@ -221,14 +221,13 @@ def _shown(tensor: Tensor) -> str:
     return shape_shown(tensor.shape) if tensor.dim() else "a single number"
 
 
-def _way_out(name: str, state: dict[str, Tensor]) -> str:
+def _way_out(name: str, state: dict[str, Tensor], own: dict[str, Any]) -> str:
     """The norm that R has used, where a magnitude is of another one."""
-    v = state.get(f"{name[:-2]}_v") if name.endswith("_g") else None
-    kept = [] if v is None else _kept(state[name], v)
-    if not kept:
+    weight, v = name[:-2], f"{name[:-2]}_v"
+    if not name.endswith("_g") or v not in state or v not in own or state[v].shape != own[v].shape:
         return ""
-    own = name[:-2].rpartition(".")[2]
-    return f"; it was normed with WeightNorm.from_r({own!r}, {None if kept[0] is None else kept[0] + 1})"
+    dims = [None if kept is None else kept + 1 for kept in _kept(state[name], state[v])]
+    return f"; it was normed with WeightNorm.from_r({weight.rpartition('.')[2]!r}, {dims[0]})" if dims else ""
 
 
 def _torn(state: dict[str, Tensor], own: dict[str, Any]) -> Iterator[str]:

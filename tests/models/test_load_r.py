@@ -305,6 +305,16 @@ MISFITS: dict[str, tuple[nn.Module, dict[str, Tensor | None], tuple[str, ...]]] 
         {"fc.bias": torch.zeros(4, dtype=torch.int64)},
         ("'fc.bias' is torch.int64 in the file and torch.float32 in the model",),
     ),
+    "a direction of zeros in an RNN": (
+        named(rnn=nn.RNN(2, 2, bias=False)),
+        {
+            **dict.fromkeys(FC),
+            "rnn.weight_ih_l1": torch.ones(2, 2),
+            "rnn.weight_hh_l1_g": torch.ones(2, 1),
+            "rnn.weight_hh_l1_v": torch.zeros(2, 2),
+        },
+        ("no weight can be made of 'rnn.weight_hh_l1_v' of the file: along dim 0, the slices 0, 1 are zero",),
+    ),
     "a layer of an RNN too many": (
         named(rnn=nn.RNN(2, 2, bias=False)),
         {
@@ -336,6 +346,13 @@ def test_what_does_not_fit_is_named_and_changes_nothing(what: str, tmp_path: Pat
     state = {name: value for name, value in {**FC, **changes}.items() if value is not None}
     write_as_r(tmp_path / "r.pt", state)
     refused(model, tmp_path / "r.pt", f"load_r: {tmp_path / 'r.pt'} does not fit this Module: ", *says)
+
+
+def test_the_norm_of_r_is_named_only_where_it_is_the_difference(tmp_path: Path) -> None:
+    write_as_r(tmp_path / "r.pt", FC)
+    with pytest.raises(ValueError, match=r"'fc.weight_v' is 4×4 in the file and 5×4 in the model") as raised:
+        load_r(named(fc=WeightNorm().apply(nn.Linear(4, 5))), tmp_path / "r.pt")
+    assert "from_r" not in str(raised.value)
 
 
 def test_what_torch_itself_refuses_half_way_changes_nothing(tmp_path: Path) -> None:
