@@ -163,7 +163,7 @@ class Squared(Reparametrization):
         return {"g": torch.full((1, 1), 2.0), "v": weight / 4}
 
 
-@pytest.mark.parametrize("norm", [SpectralNorm(), Squared()], ids=lambda norm: norm.kind)
+@pytest.mark.parametrize("norm", [SpectralNorm(), Squared()], ids=lambda norm: type(norm).__name__)
 def test_the_weight_goes_into_another_norm(norm: Any, tmp_path: Path) -> None:
     of_r = parts((4, 3), 4, 1) | {"bias": torch.zeros(4)}
     write_as_r(tmp_path / "fc.pt", of_r)
