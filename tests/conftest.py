@@ -12,6 +12,7 @@ TESTS = Path(__file__).parent
 # The tests share what lies in this folder, and so do the processes that they start; the benchmark is two files
 sys.path[:0] = [str(TESTS), str(TESTS / "benchmarks")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+collect_ignore = ["users_file.py"]  # type checkers read it
 torch.set_num_threads(1)  # the tensors are small
 
 

@@ -1,7 +1,7 @@
 """The norms of a state dict: what there is, folded, or in another spelling."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -126,7 +126,7 @@ def plan(
     verb: str, state: Mapping[str, Any], to: str, dims: Mapping[str, Dim], skip: Collection[str]
 ) -> dict[str, Entry]:
     """The entries of the result, from names and shapes alone. Refuses what cannot be done."""
-    tensors = {key: value for key, value in state.items() if hasattr(value, "dtype")}
+    tensors = _tensors(state)
     made: dict[str, dict[str, Entry]] = {}
     for norm in spellings.find(tensors, dims, skip):
         if norm.why_not:
@@ -146,19 +146,32 @@ def _entries(norm: Normed, to: str, tensors: Mapping[str, Any]) -> dict[str, Ent
     return {new: Entry((key,), shape) for new, (key, shape) in norm.respelled(to, shapes).items()}
 
 
-def _respelled(
-    verb: str, state: Mapping[str, Any], to: str, dims: Mapping[str, Dim], skip: Collection[str]
-) -> dict[str, Any]:
+Place = Callable[[Tensor], Tensor]
+"""Where a weight that was computed is kept."""
+
+
+def _respelled(verb: str, state: Mapping[str, Any], to: str, dims: Mapping[str, Dim], skip: Collection[str]) -> Any:
+    return respelled(verb, state, to, dims, skip, lambda weight: weight)
+
+
+def respelled(
+    verb: str, state: Mapping[str, Any], to: str, dims: Mapping[str, Dim], skip: Collection[str], place: Place
+) -> Any:
+    """The result of either verb, with each weight where `place` puts it."""
     _check(verb, state)
-    known = {norm.name for path, one in _dicts(state, "") for norm in spellings.find(_under(path, one), dims)}
-    check_names(verb, known, dims, skip)
+    check_names(verb, names_in(state, dims), dims, skip)
     plans = [(path, one, plan(verb, _under(path, one), to, dims, skip)) for path, one in _dicts(state, "")]
     made: dict[Any, Tensor] = {}
-    results = {path: _filled(path, one, entries, made) for path, one, entries in plans}
+    results = {path: _filled(path, one, entries, made, place) for path, one, entries in plans}
     for path, one, _ in plans:
         for key in _nested(one):
             results[path][key] = results[f"{path}{key}."]
     return results[""]
+
+
+def names_in(state: Mapping[str, Any], dims: Mapping[str, Dim]) -> set[str]:
+    """The names of the weights that are there in parts."""
+    return {norm.name for path, one in _dicts(state, "") for norm in spellings.find(_tensors(_under(path, one)), dims)}
 
 
 def check_names(verb: str, known: Collection[str], dims: Mapping[str, Dim], skip: Collection[str]) -> None:
@@ -192,7 +205,14 @@ def _under(path: str, state: Mapping[str, Any]) -> dict[Any, Any]:
     return {path + key if isinstance(key, str) else key: value for key, value in state.items()}
 
 
-def _filled(path: str, state: Mapping[str, Any], entries: dict[str, Entry], made: dict[Any, Tensor]) -> dict[str, Any]:
+def _tensors(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The tensors among the entries, or what describes them."""
+    return {key: value for key, value in state.items() if hasattr(value, "dtype") and hasattr(value, "shape")}
+
+
+def _filled(
+    path: str, state: Mapping[str, Any], entries: dict[str, Entry], made: dict[Any, Tensor], place: Place
+) -> dict[str, Any]:
     """The result for one dict, of the kind that it is."""
     result: dict[Any, Any] = OrderedDict() if isinstance(state, OrderedDict) else {}
     if hasattr(state, "_metadata"):
@@ -200,18 +220,18 @@ def _filled(path: str, state: Mapping[str, Any], entries: dict[str, Entry], made
     values = _under(path, state)
     for key, entry in entries.items():
         short = key[len(path) :] if isinstance(key, str) else key
-        result[short] = _value(entry, [values[one] for one in entry.keys], made)
+        result[short] = _value(entry, [values[one] for one in entry.keys], made, place)
     return result
 
 
-def _value(entry: Entry, values: list[Any], made: dict[Any, Tensor]) -> Any:
+def _value(entry: Entry, values: list[Any], made: dict[Any, Tensor], place: Place) -> Any:
     """The value of an entry; `made` holds what was computed, by what it was computed of."""
     if entry.norm is None:
         whole = entry.shape is None or tuple(values[0].shape) == entry.shape
         return values[0] if whole else values[0].reshape(entry.shape)
     key = (entry.norm.kind, entry.norm.dims, *map(_identity, values))
     if key not in made:
-        made[key] = compute(entry.norm, dict(zip(entry.norm.keys, values, strict=True)))
+        made[key] = place(compute(entry.norm, dict(zip(entry.norm.keys, values, strict=True))))
     return made[key]
 
 
@@ -270,7 +290,7 @@ def _fit(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, float]:
 
 def _rows(state: Mapping[str, Any], path: str) -> Iterator[Row]:
     for prefix, one in _dicts(state, path):
-        yield from _rows_of({key: value for key, value in _under(prefix, one).items() if hasattr(value, "dtype")})
+        yield from _rows_of(_tensors(_under(prefix, one)))
 
 
 def _rows_of(tensors: dict[str, Any]) -> Iterator[Row]:
