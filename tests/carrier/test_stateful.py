@@ -814,11 +814,11 @@ class Verbs(RuleBasedStateMachine):
         assert type(layer).__name__ == base.__name__
         if "bias" in pair.expected.weights:
             pair.expected.read(pair.expected.weights["bias"])  # as the extra_repr of Linear and Conv does
-        assert layer.extra_repr() == ", ".join([self.plain.extra_repr(), *(weight._describe() for weight in normed)])
+        assert layer.extra_repr() == ", ".join([self.plain.extra_repr(), *(weight.describe() for weight in normed)])
         if not normed:
             assert set(vars(layer)) - {"__overloads__"} == set(vars(self.plain))  # of torch.jit.script
         found = [(name, repr(norm).partition(", ")[2]) for name, _, norm in explicit_wn.normed(pair.root)]
-        expected = [(pair.prefix + w.name, w._describe().partition("(")[2]) for w in normed]
+        expected = [(pair.prefix + w.name, w.describe().partition("(")[2]) for w in normed]
         assert found == expected
 
     def teardown(self) -> None:
