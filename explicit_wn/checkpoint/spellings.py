@@ -6,6 +6,7 @@ as a tensor.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -66,14 +67,16 @@ def find(state: Mapping[str, Any], dims: Mapping[str, Dim], skip: Collection[str
     for key in state:
         for name, spelling, part in _readings(key):
             groups.setdefault((name, spelling), {})[part] = key
-    twice = {name for name, spelling in groups if spelling == "parametrization"}
-    for (name, spelling), spelled in groups.items():
-        found = None if name in skip else _understand(name, spelling, spelled, state, dims)
-        if found and (name in state or (spelling == "hook" and name in twice)):
-            other = f"as {name}" if name in state else "in the other spelling"
-            found = attrs.evolve(found, why_not=f"it is there twice, as {', '.join(spelled.values())} and {other}")
-        if found:
-            yield found
+    understood = [
+        _understand(*group, spelled, state, dims) for group, spelled in groups.items() if group[0] not in skip
+    ]
+    norms = [norm for norm in understood if norm]
+    names = Counter(norm.name for norm in norms)
+    for norm in norms:
+        if norm.name in state or names[norm.name] > 1:
+            other = f"as {norm.name}" if norm.name in state else "in the other spelling"
+            norm = attrs.evolve(norm, why_not=f"it is there twice, as {', '.join(norm.keys.values())} and {other}")
+        yield norm
 
 
 def _readings(key: Any) -> Iterator[tuple[str, str, str]]:

@@ -131,7 +131,10 @@ def plan(
     for norm in spellings.find(tensors, dims, skip):
         if norm.why_not:
             raise ValueError(f"{verb} cannot take {norm.name!r}: {norm.why_not}; or leave it as it is, by skip.")
-        made |= dict.fromkeys(norm.keys.values(), _entries(norm, to, tensors))
+        entries = _entries(norm, to, tensors)
+        for key in entries.keys() & state.keys() - set(norm.keys.values()):
+            raise ValueError(f"{verb} cannot take {norm.name!r}: something else is there as {key}; rename that first.")
+        made |= dict.fromkeys(norm.keys.values(), entries)
     result: dict[str, Entry] = {}
     for key, value in state.items():
         result |= made.get(key) or {key: Entry((key,), tuple(value.shape) if key in tensors else None)}
@@ -162,11 +165,11 @@ def respelled(
     check_names(verb, names_in(state, dims), dims, skip)
     plans = [(path, one, plan(verb, _under(path, one), to, dims, skip)) for path, one in _dicts(state, "")]
     made: dict[Any, Tensor] = {}
-    results = {path: _filled(path, one, entries, made, place) for path, one, entries in plans}
-    for path, one, _ in plans:
+    results = {id(one): _filled(path, one, entries, made, place) for path, one, entries in plans}
+    for _, one, _ in plans:
         for key in _nested(one):
-            results[path][key] = results[f"{path}{key}."]
-    return results[""]
+            results[id(one)][key] = results[id(one[key])]
+    return results[id(state)]
 
 
 def names_in(state: Mapping[str, Any], dims: Mapping[str, Dim]) -> set[str]:
@@ -247,7 +250,9 @@ def compute(norm: Normed, parts: Mapping[str, Tensor]) -> Tensor:
     like = parts["v" if "g" in parts else "orig"].detach()
     weight = _weight_norm(norm, like, parts["g"]) if "g" in parts else _spectral_norm(norm, like, parts)
     if not weight.is_meta and weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
-        raise ValueError(f"{norm.name!r} would not be finite: its parts are not, or a slice of them is zero.")
+        raise ValueError(
+            f"{norm.name!r} would not be finite: its parts are not, or a slice is zero; leave it as it is, by skip."
+        )
     weight = weight.to(like.dtype)
     return weight if weight.stride() == like.stride() else torch.empty_like(like).copy_(weight)
 

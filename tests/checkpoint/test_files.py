@@ -13,6 +13,7 @@ from torch import Tensor
 from explicit_wn import checkpoint
 from explicit_wn.checkpoint import files
 from explicit_wn.checkpoint.files import Asked
+from explicit_wn.checkpoint.format import read_header
 
 safetensors = pytest.importorskip("safetensors.torch")
 FOLD = Asked("fold")
@@ -69,6 +70,26 @@ def test_a_file_becomes_what_its_state_dict_becomes(suffix: str, to: str, tmp_pa
     assert sorted(tmp_path.iterdir()) == sorted([path, out])
     assert str(files.report(path)).splitlines()[2:] != []
     assert {row.name for row in files.report(path).rows} == {row.name for row in checkpoint.report(before).rows}
+
+
+def test_every_tensor_lies_at_a_multiple_of_its_width(tmp_path: Path) -> None:
+    files.respell(save(state(), tmp_path / "in.safetensors"), tmp_path / "out.safetensors", FOLD)
+    stored, _ = read_header(tmp_path / "out.safetensors")
+    assert not [name for name, one in stored.items() if one.start % one.dtype.itemsize]
+
+
+def test_shards_that_are_refused_halfway_leave_the_folder_as_it_was(tmp_path: Path) -> None:
+    _, folder = sharded(tmp_path / "in")
+    zero = tmp_path / "in/model-1.safetensors"
+    save(load(zero) | {"a.weight_v": torch.zeros(5, 3, 2)}, zero)
+    for there in False, True:
+        if there:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/config.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"'a.weight' would not be finite"):
+            files.respell(folder, tmp_path / "out", FOLD)
+        assert [path.name for path in (tmp_path / "out").glob("*")] == (["config.json"] if there else [])
+        assert (tmp_path / "out").exists() == there
 
 
 def test_the_metadata_of_a_safetensors_file_stays(tmp_path: Path) -> None:

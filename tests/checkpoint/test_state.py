@@ -156,6 +156,20 @@ def test_nested_names_nested_dicts_and_other_things_stay_where_they_are() -> Non
     assert [row.name for row in checkpoint.report(state).rows] == ["generator.a.b.weight"]
 
 
+def test_dicts_whose_names_run_together_stay_apart() -> None:
+    one, other = ({"fc.weight_g": torch.rand(3, 1), "fc.weight_v": torch.randn(3, 2)} for _ in range(2))
+    folded = checkpoint.fold({"a": {"b": one}, "a.b": other, "again": one})
+    torch.testing.assert_close(folded["a"]["b"]["fc.weight"], weight_by_hand(*one.values(), 0))
+    torch.testing.assert_close(folded["a.b"]["fc.weight"], weight_by_hand(*other.values(), 0))
+    assert folded["again"] is folded["a"]["b"]
+
+
+def test_what_is_there_already_is_not_overwritten() -> None:
+    state = checkpoint.respell({"k_g": torch.rand(4, 1), "k_v": v}, "parametrization") | {"k_v": vector}
+    with pytest.raises(ValueError, match="respell cannot take 'k': something else is there as k_v; rename that first"):
+        checkpoint.respell(state, "hook")
+
+
 def test_a_model_of_several_spellings_is_folded_at_once() -> None:
     model = nn.ModuleDict(
         {f"{kind} {one}".replace(" ", "_"): case.normed(one) for kind, case in CASES.items() for one in SPELLINGS}
@@ -308,7 +322,7 @@ REFUSED = {
             "fc.weight_g": g,
             "fc.weight_v": v,
         },
-        "there twice, as fc.weight_g, fc.weight_v and in the other spelling",
+        "there twice, as .* and in the other spelling",
     ),
     "integers": ({"fc.weight_g": g, "fc.weight_v": v.char()}, "fc.weight_v is torch.int8; convert it"),
 }

@@ -198,7 +198,7 @@ def test_the_api_reference_is_built_without_a_warning_and_shows_what_is_public(t
     assert f'{arguments} -o "$scratch/docs_html" {modules}' in (ROOT / ".ci/run").read_text()
     command = [sys.executable, "-W", "error", *arguments.split(), "-o", tmp_path, *modules.split()]
     subprocess.run(command, check=True, cwd=ROOT)
-    for module in explicit_wn, explicit_wn.teaching, explicit_wn.functional:
+    for module in explicit_wn, explicit_wn.teaching, explicit_wn.functional, explicit_wn.checkpoint:
         path = tmp_path / f"{module.__name__.replace('.', '/')}.html"
         shown = set(re.findall(r'<section id="(\w+)">', path.read_text()))
         public = {name for name in getattr(module, "__all__", shown) if not inspect.ismodule(getattr(module, name))}
