@@ -169,7 +169,7 @@ def _dims_of(shapes: dict[str, Shape]) -> tuple[tuple[Dim, ...], str | None]:
     if not fits:
         return fits, f"its g has the shape {g}, which belongs to no dim of its v, {v}"
     if len(fits) > 1 and math.prod(g) != 1:
-        return fits, f"its g, {g}, may belong to {_any(fits)} of its v, {v}; say which in dims"
+        return fits, f"its g, {g}, may belong to {_any(fits)} of its v, {v}; say which in dims (--dim NAME=0)"
     return fits, None
 
 

@@ -282,7 +282,9 @@ def _dim_that_fits(norm: Normed, orig: Tensor, u: Tensor, v: Tensor) -> Dim:
     if torch.allclose(sigmas, sigmas[0], rtol=8 * torch.finfo(u.dtype).eps, atol=0.0):
         return fits[0]
     known = " or ".join(map(str, norm.dims))
-    raise ValueError(f"{norm.name!r} may be normed along dim {known}, and its u and v do not tell; say which in dims.")
+    raise ValueError(
+        f"{norm.name!r} may be normed along dim {known}, and its u and v do not tell; say which in dims (--dim NAME=0)."
+    )
 
 
 def _fit(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, float]:
