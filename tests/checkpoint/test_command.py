@@ -127,7 +127,9 @@ def test_a_reader_that_has_enough_is_no_error(here: Path) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the signals are those of Unix")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_leaves_nothing(number: signal.Signals, here: Path) -> None:
-    code = "import runpy, sys, torch, time; torch.save = lambda *_: (print(flush=True), time.sleep(60)); "
+    # a shell has what it starts in the background ignore Ctrl-C, and so would all that the tests start there
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "import runpy, sys, torch, time; torch.save = lambda *_: (print(flush=True), time.sleep(60)); "
     code += "sys.argv = ['explicit_wn', 'fold', 'in.pt', '-o', 'out.pt']; "
     code += "runpy.run_module('explicit_wn', run_name='__main__')"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
