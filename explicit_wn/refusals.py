@@ -170,6 +170,14 @@ def odd_kind(weight: Tensor) -> str | None:
     return f"it is {kind}; only dense weights of float16, bfloat16, float32 and float64 are normed"
 
 
+def odd_shape(weight: Any, wanted: torch.Size) -> str | None:
+    """Why `weight` cannot take the place of one of the shape `wanted`; None if it can."""
+    if isinstance(weight, Tensor) and weight.shape == wanted:
+        return None
+    got = f"the shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+    return f"a tensor of the shape {tuple(wanted)} is wanted, not {got}"
+
+
 def replaced_forward(module: nn.Module) -> str | None:
     """Why nothing can be inlined in a forward that somebody put on the instance; None if nobody did."""
     if "forward" in vars(module):

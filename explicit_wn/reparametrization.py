@@ -132,23 +132,14 @@ class Reparametrization(Norm):
         for recipe in recipes:
             self._check(module, recipe.name, refusals.not_its_own(module, recipe), "remove")
         with torch.no_grad(), all_or_nothing(module):
-            for recipe in recipes:
-                trainable = any(part.requires_grad for part in recipe.read(module).values())
-                weight = nn.Parameter(recipe.compute(module), requires_grad=trainable)
-                for attribute in recipe.attributes:
-                    delattr(module, attribute)
-                module._parameters[recipe.name] = weight
-            carrier.carry(module, tuple(r for r in carrier.recipes_of(module) if r not in recipes))
+            carrier.bake(module, recipes)
         return module
 
     def assign(self, module: Module, weight: Tensor, name: str | None = None) -> Module:
         """Sets the parts, in place, so that the weight becomes `weight`; returns `module`."""
         recipe = self._recipe(module, name)
         current = recipe.compute(module)
-        if not isinstance(weight, Tensor) or weight.shape != current.shape:
-            got = f"the shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
-            reason = f"a tensor of the shape {tuple(current.shape)} is wanted, not {got}"
-            raise self._refusal(module, recipe.name, reason, verb="assign")
+        self._check(module, recipe.name, refusals.odd_shape(weight, current.shape), "assign")
         objection = refusals.odd_kind(weight) or recipe.norm.objection(weight) or recipe.norm.no_inverse(weight)
         if weight.is_meta and not current.is_meta:
             objection = "it is a meta tensor, which has no values"

@@ -1,7 +1,9 @@
 """Tables for people: aligned in a terminal, HTML in a notebook."""
 
 import html
+from collections.abc import Mapping
 from itertools import zip_longest
+from typing import Any
 
 
 class Table:
@@ -31,6 +33,16 @@ class Table:
 def shape_shown(shape: tuple[int, ...]) -> str:
     """A shape as tables show it: `3×2`, and `number` for that of a single one."""
     return "×".join(map(str, shape)) or "number"
+
+
+def shown(value: Any) -> str:
+    """The field of a record as a cell."""
+    return shape_shown(value) if isinstance(value, tuple) else str(value)
+
+
+def parts_shown(parts: Mapping[str, Any]) -> str:
+    """The parts of a weight with their shapes: `g 3×1, v 3×2`."""
+    return ", ".join(f"{part} {shape_shown(tuple(value.shape))}" for part, value in parts.items())
 
 
 def _preformatted(cell: str) -> str:

@@ -12,7 +12,7 @@ A carrier is an instance of a generated subclass of the module's own class, whic
 - no hook is registered, ever.
 """
 
-from .module import Carrier, carry, is_wrapped, rebuild, recipes_of
+from .module import Carrier, bake, carry, is_wrapped, rebuild, recipes_of
 from .recipe import INLINED, Recipe, base_of, recipe_for
 from .store import Block, Store, Stored, store_of
 from .undo import all_or_nothing, values_or_nothing
@@ -26,6 +26,7 @@ __all__ = [
     "Store",
     "Stored",
     "all_or_nothing",
+    "bake",
     "base_of",
     "carry",
     "in_use",

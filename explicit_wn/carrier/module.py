@@ -4,7 +4,7 @@ import contextlib
 import copyreg
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any
 
@@ -188,3 +188,14 @@ def carry(module: nn.Module, recipes: tuple[Recipe, ...]) -> None:
         module.__class__ = base
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()
+
+
+def bake(module: nn.Module, recipes: Sequence[Recipe]) -> None:
+    """Ends `recipes` in `module`: their weights, as the parts make them, become ordinary Parameters."""
+    for recipe in recipes:
+        trainable = any(part.requires_grad for part in recipe.read(module).values())
+        weight = nn.Parameter(recipe.compute(module), requires_grad=trainable)
+        for attribute in recipe.attributes:
+            delattr(module, attribute)
+        module._parameters[recipe.name] = weight
+    carry(module, tuple(recipe for recipe in recipes_of(module) if recipe not in recipes))

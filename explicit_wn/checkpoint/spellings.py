@@ -14,6 +14,7 @@ import attrs
 import torch
 
 from ..norms import SpectralNorm, WeightNorm
+from ..norms.weight_norm import shape_of_g
 from ..reparametrization import Reparametrization
 
 NORMS: dict[str, type[Reparametrization]] = {"WeightNorm": WeightNorm, "SpectralNorm": SpectralNorm}
@@ -24,6 +25,11 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Dim = int | None
 Shape = tuple[int, ...]
+
+
+def whole_part(parts: Collection[str]) -> str:
+    """Which part has the shape, the dtype and the strides of the weight."""
+    return "v" if "g" in parts else "orig"
 
 
 @attrs.frozen
@@ -47,7 +53,7 @@ class Normed:
 
     def respelled(self, to: str, shapes: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]:
         """The parts under the keys of another spelling: the key of each part now, and the shape that torch wants."""
-        wanted = {**shapes, "g": self._shape_of_g(shapes["g"])} if "g" in shapes else shapes
+        wanted = {**shapes, "g": shape_of_g(self.shape, self.dims[0])} if "g" in shapes else shapes
         return {self._key(part, to): (key, wanted[part]) for part, key in self.keys.items()}
 
     def _key(self, part: str, to: str) -> str:
@@ -55,10 +61,6 @@ class Normed:
             return f"{self.name}_{part}"
         prefix, dot, last = self.name.rpartition(".")
         return f"{prefix}{dot}parametrizations.{last}.{NORMS[self.kind].spellings[part]}"
-
-    def _shape_of_g(self, shape: Shape) -> Shape:
-        dim = self.dims[0]
-        return () if dim is None else tuple(n if d == dim else 1 for d, n in enumerate(self.shape))
 
 
 def find(state: Mapping[str, Any], dims: Mapping[str, Dim], skip: Collection[str] = ()) -> Iterator[Normed]:
@@ -103,7 +105,7 @@ def _understand(
         allowed, why_not = _narrowed(*_dims_of(shapes), [dims[name]] if name in dims else [])
         odd = next((key for key in keys.values() if state[key].dtype not in _FLOATS), None)
         why_not = f"{odd} is {state[odd].dtype}; convert it to a float type first" if odd else why_not
-        found = Normed(name, kind, spelling, keys, shapes["v" if "g" in keys else "orig"], allowed, why_not)
+        found = Normed(name, kind, spelling, keys, shapes[whole_part(keys)], allowed, why_not)
     return found if _is_a_norm(found, state) else None
 
 
@@ -175,7 +177,7 @@ def _dims_of(shapes: dict[str, Shape]) -> tuple[tuple[Dim, ...], str | None]:
 
 def _dims_of_g(g: Shape, v: Shape) -> tuple[Dim, ...]:
     """The dims that g may keep. A single number is the norm of it all, whichever dim of length 1 it is said to keep."""
-    fits = [d for d, n in enumerate(v) if g == tuple(n if d == other else 1 for other in range(len(v)))]
+    fits = [d for d in range(len(v)) if g == shape_of_g(v, d)]
     if fits or len(g) > max(1, len(v)):
         return tuple(fits)
     if math.prod(g) == 1:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..table import Table, shape_shown
+from ..norms.weight_norm import shape_of_g
+from ..table import Table, parts_shown, shown
 from . import spellings
-from .spellings import Dim, Normed, Shape
+from .spellings import Dim, Normed, Shape, whole_part
 
 
 @attrs.frozen
@@ -46,7 +47,7 @@ class Report(Table):
         fields = [
             field.name for field in attrs.fields(Row) if field.name != "problem" or any(r.problem for r in self.rows)
         ]
-        return [fields, *([_shown(getattr(row, name)) for name in fields] for row in self.rows)]
+        return [fields, *([shown(getattr(row, name)) for name in fields] for row in self.rows)]
 
 
 def report(state: Mapping[str, Any]) -> Report:
@@ -119,7 +120,7 @@ class Entry:
     @property
     def like(self) -> str:
         """The key that has its dtype."""
-        return self.norm.keys["v" if "g" in self.norm.keys else "orig"] if self.norm else self.keys[0]
+        return self.norm.keys[whole_part(self.norm.keys)] if self.norm else self.keys[0]
 
 
 def plan(
@@ -247,7 +248,7 @@ def _identity(tensor: Tensor) -> Any:
 @torch.no_grad()
 def compute(norm: Normed, parts: Mapping[str, Tensor]) -> Tensor:
     """The weight of its parts, in the dtype and strides of the one that has its shape."""
-    like = parts["v" if "g" in parts else "orig"].detach()
+    like = parts[whole_part(parts)].detach()
     weight = _weight_norm(norm, like, parts["g"]) if "g" in parts else _spectral_norm(norm, like, parts)
     if not weight.is_meta and weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
         raise ValueError(
@@ -259,8 +260,7 @@ def compute(norm: Normed, parts: Mapping[str, Tensor]) -> Tensor:
 
 def _weight_norm(norm: Normed, v: Tensor, g: Tensor) -> Tensor:
     dim, wide = norm.dims[0], torch.promote_types(v.dtype, g.dtype)
-    shape = [n if d == dim else 1 for d, n in enumerate(v.shape)] if dim is not None else []
-    return functional.weight_norm(v.to(wide), g.detach().to(wide).reshape(shape), dim)
+    return functional.weight_norm(v.to(wide), g.detach().to(wide).reshape(shape_of_g(v.shape, dim)), dim)
 
 
 def _spectral_norm(norm: Normed, orig: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
@@ -321,15 +321,11 @@ def _row(norm: Normed, tensors: Mapping[str, Any]) -> Row:
         spelling=norm.spelling,
         dim=" or ".join(map(str, norm.dims)),
         shape=norm.shape,
-        parts=", ".join(f"{part} {shape_shown(tuple(value.shape))}" for part, value in parts.items()),
-        dtype=_dtype(parts.get("v" if "g" in parts else "orig", next(iter(parts.values())))),
+        parts=parts_shown(parts),
+        dtype=_dtype(parts.get(whole_part(parts), next(iter(parts.values())))),
         problem=norm.why_not or "",
     )
 
 
 def _dtype(value: Any) -> str:
     return str(value.dtype).removeprefix("torch.")
-
-
-def _shown(value: Any) -> str:
-    return shape_shown(value) if isinstance(value, tuple) else value

@@ -15,6 +15,7 @@ from .. import carrier
 from ..carrier import all_or_nothing, values_or_nothing
 from ..layers import qualified
 from ..norms import WeightNorm
+from ..norms.weight_norm import shape_of_g
 from ..reparametrization import Reparametrization
 from ..table import shape_shown
 from . import spellings
@@ -172,8 +173,7 @@ def _kept(g: Tensor, v: Tensor) -> list[int | None]:
     """The dim that a magnitude was made for, None for the whole tensor; nothing if it was made for no dim of `v`."""
     if g.numel() == 1:
         return [None]
-    shapes = [[size if index == dim else 1 for index, size in enumerate(v.shape)] for dim in range(v.dim())]
-    return [dim for dim, shape in enumerate(shapes) if list(g.shape) == shape]
+    return [dim for dim in range(v.dim()) if g.shape == shape_of_g(v.shape, dim)]
 
 
 def _join_own(name: str, own: dict[str, Any], normed: _Normed, weight: Tensor) -> str | None:

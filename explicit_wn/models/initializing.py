@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .. import refusals
-from ..carrier import Recipe, all_or_nothing, base_of, carry, recipes_of, values_or_nothing
+from ..carrier import Recipe, all_or_nothing, bake, base_of, carry, recipes_of, values_or_nothing
 from ..layers import qualified
 from .verbs import check_model, naming
 
@@ -57,13 +57,8 @@ class _Bare:
         self.module, self.recipes = module, recipes_of(module)
         self.parameters, self.buffers = dict(module._parameters), dict(module._buffers)
         with torch.no_grad():
-            self.before = {recipe.name: recipe.compute(module) for recipe in self.recipes}
-        for recipe in self.recipes:
-            trainable = any(part.requires_grad for part in recipe.read(module).values())
-            for attribute in recipe.attributes:
-                delattr(module, attribute)
-            module._parameters[recipe.name] = nn.Parameter(self.before[recipe.name].clone(), trainable)
-        carry(module, ())
+            bake(module, self.recipes)
+            self.before = {recipe.name: getattr(module, recipe.name).clone() for recipe in self.recipes}
 
     def dress(self, path: str) -> list[str]:
         """Gives the module its norms back, with the parts of what its weights are now; the names of those changed."""
@@ -82,9 +77,7 @@ class _Bare:
 
     def _take(self, path: str, recipe: Recipe, weight: Any) -> bool:
         before = self.before[recipe.name]
-        if not isinstance(weight, Tensor) or weight.shape != before.shape:
-            got = f"the shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
-            _refuse(path, self.module, recipe, f"a tensor of the shape {tuple(before.shape)} is wanted, not {got}")
+        _refuse(path, self.module, recipe, refusals.odd_shape(weight, before.shape))
         weight = weight.detach().to(before)
         if not before.is_meta and torch.equal(weight, before):
             return False

@@ -1,7 +1,6 @@
 """What norms a model holds, as a table."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import attrs
 import torch
@@ -11,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from .. import carrier
 from ..layers import qualified
-from ..table import Table, shape_shown
+from ..table import Table, parts_shown, shown
 from . import spellings
 from .checking import state_of
 from .spellings import Found
@@ -49,7 +48,7 @@ class Report(Table):
 
     def cells(self) -> list[list[str]]:
         head = [field.name for field in attrs.fields(Row)]
-        return [head, *([_show(value) for value in attrs.astuple(row, recurse=False)] for row in self.rows)]
+        return [head, *([shown(value) for value in attrs.astuple(row, recurse=False)] for row in self.rows)]
 
 
 def report(model: nn.Module) -> Report:
@@ -97,11 +96,7 @@ def _row(path: str, found: Found) -> Row:
         spelling=found.spelling,
         dim=str(getattr(found.norm, "dim", "")),
         shape=found.shape,
-        parts=", ".join(f"{part} {_show(tuple(value.shape))}" for part, value in found.parts.items()),
+        parts=parts_shown(found.parts),
         parameters=sum(value.numel() for value in found.parts.values() if isinstance(value, nn.Parameter)),
         state=found.state,
     )
-
-
-def _show(value: Any) -> str:
-    return shape_shown(value) if isinstance(value, tuple) else str(value)
