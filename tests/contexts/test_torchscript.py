@@ -584,7 +584,7 @@ IN_TORCHS_WORDS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "call": (Calling, "Unknown type name 'Module'", ""),
     "inline": (Inlining, "Unknown type name 'Module'", ""),
     "assign": (Assigning, "Unknown type name 'Module'", ""),
-    "remove": (Removing, "Comprehension ifs are not supported yet", ""),
+    "remove": (Removing, "Unknown type name 'Module'", ""),
     "global": (WithAGlobal, "attribute lookup is not defined on python value of type 'WeightNorm'", "GLOBAL.recompute"),
     "freeze": (frozen_without_us, "Couldn't find method: '_recompute_normed'", ""),
 }
