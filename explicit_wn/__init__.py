@@ -1,6 +1,7 @@
 """Weight normalization for PyTorch as an object you call."""
 
 from . import checkpoint, functional
+from .carrier.alarm import LostWriteWarning, StaleWeightWarning
 from .contexts.torchscript import script
 from .models import (
     ForeignNormWarning,
@@ -27,9 +28,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ForeignNormWarning",
+    "LostWriteWarning",
     "Reparametrization",
     "SpectralNorm",
     "StaleWeightError",
+    "StaleWeightWarning",
     "WeightNorm",
     "apply_all",
     "assign_all",

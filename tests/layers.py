@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+import pytest
 import torch
 from torch import Tensor, nn
 
-from explicit_wn import WeightNorm
+from explicit_wn import StaleWeightWarning, WeightNorm
 
 Dim = int | str | None
 
@@ -61,6 +62,12 @@ def make_stale(module: nn.Module, *names: str) -> None:
         for name in names or ("weight",):
             getattr(module, f"{name}_g").mul_(2)
             getattr(module, f"{name}_v").add_(0.5)
+
+
+def read_stale(module: Any, name: str = "weight") -> Any:
+    """The stored weight, behind which the parts have changed: the first read of it says so."""
+    with pytest.warns(StaleWeightWarning, match=f"{name} of this .* is stale"):
+        return getattr(module, name)
 
 
 def first_output(module: nn.Module, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ A carrier is an instance of a generated subclass of the module's own class, whic
 - no hook is registered, ever.
 """
 
-from .module import Carrier, bake, carry, is_wrapped, rebuild, recipes_of
+from .module import Carrier, bake, carry, forget_all, is_wrapped, rebuild, recipes_of
 from .recipe import INLINED, Recipe, base_of, recipe_for
 from .store import Block, Store, Stored, store_of
 from .undo import all_or_nothing, values_or_nothing
@@ -29,6 +29,7 @@ __all__ = [
     "bake",
     "base_of",
     "carry",
+    "forget_all",
     "in_use",
     "is_current",
     "is_wrapped",

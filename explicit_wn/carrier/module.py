@@ -14,12 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from ..contexts import torchscript
 from . import weight
+from .alarm import tell_lost_write
 from .recipe import Recipe, base_of
 from .store import Store, store_of
 from .straight import Straight, recompute_of
 from .straight import straight as write_straight
 from .undo import all_or_nothing, values_or_nothing
-from .weight import Derived, FlatWeights, recompute, run_inlined
+from .weight import Derived, FlatWeights, forget, recompute, run_inlined
 
 
 class Carrier(nn.Module):
@@ -45,7 +46,7 @@ class Carrier(nn.Module):
         super().register_parameter(name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        store_of(self).clear()
+        forget_all(self)
         applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         store_of(self).clear()
         return applied
@@ -73,6 +74,8 @@ class Carrier(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         copying = store_of(self).copying
+        for recipe in self._normed:
+            tell_lost_write(self, recipe)  # for the copy, which computes it anew
         copying.add(get_ident())  # an RNN calls the method in which its weights are recomputed
         try:
             reduced: Any = super().__reduce_ex__(max(protocol, 2))  # the older ones name the class differently
@@ -92,8 +95,14 @@ class Carrier(nn.Module):
 
     def __prepare_scriptable__(self) -> "Carrier":
         torchscript.prepare(self, self._normed)
-        store_of(self).clear()  # torch.jit.script copies the weight as it finds it: let it find a fresh one
+        forget_all(self)  # torch.jit.script copies the weight as it finds it: let it find a fresh one
         return self
+
+
+def forget_all(module: nn.Module) -> None:
+    """`forget` for every weight of `module`."""
+    for recipe in recipes_of(module):
+        forget(module, recipe)
 
 
 class _DoesNotFit(Exception):
@@ -179,6 +188,8 @@ def rebuild(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> nn.Module:
 def carry(module: nn.Module, recipes: tuple[Recipe, ...]) -> None:
     """Makes `module` carry exactly `recipes`. Its parts are in place already."""
     base, attributes = base_of(module), vars(module)
+    for recipe in recipes_of(module):
+        tell_lost_write(module, recipe)
     for name in ("_normed_store", *torchscript.declarations(base, recipes_of(module))):
         attributes.pop(name, None)
     if recipes:

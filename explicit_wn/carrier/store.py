@@ -13,13 +13,18 @@ class Stored:
 
     value: Tensor
     sources: tuple[Tensor, ...]
-    versions: tuple[int, ...]
+    version: int | None
+    """How often they were changed in place, together; None where torch does not count that."""
     thread: int
     """The thread that computed it, and may use it: in another it would have no gradient, or too much of it."""
+    seal: Tensor | None = None
+    """What it looked like when it was handed out to somebody who may write into it."""
+    earlier: "Stored | None" = None
+    """The one handed out before, of which the same is true: `weight.copy_(f(weight))` reads twice, and then writes."""
 
     def is_stale(self) -> bool:
         """Whether a part was changed in place since, as far as torch counts that."""
-        return self.versions != versions(self.sources)
+        return self.version is not None and self.version != version_of(self.sources)
 
 
 @attrs.define(eq=False)
@@ -41,6 +46,10 @@ class Store(dict[str, Stored]):
         """The inlined weights of the forwards that run now, by thread and name."""
         self.copying: set[int] = set()
         """The threads that copy or pickle the module now."""
+        self.told: set[tuple[str, str]] = set()
+        """What was said already, of which weight."""
+        self.made: dict[str, int] = {}
+        """The versions of weights that a formula makes by changing its own result in place; 0 for all others."""
 
     @property
     def held(self) -> bool:
@@ -71,9 +80,9 @@ def store_of(module: nn.Module) -> Store:
     return store
 
 
-def versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """How often each tensor was changed in place."""
+def version_of(tensors: tuple[Tensor, ...]) -> int | None:
+    """How often the tensors were changed in place; None if torch does not count it for one of them."""
     try:
-        return tuple([tensor._version for tensor in tensors])
+        return sum([tensor._version for tensor in tensors])
     except (AttributeError, RuntimeError):  # None of a mask that is gone, and what inference mode made
-        return tuple([0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors])
+        return None

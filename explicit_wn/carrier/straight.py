@@ -29,17 +29,22 @@ def recompute(module):
     {find_parts}
     if {parts_are_unusual} or store.running:
         return carefully.recompute_recipe(module, recipe)
+    stored = store.get({name!r})
+    if stored is not None:
+        if stored.seal is not None or not stored.value.is_inference() and stored.value._version:
+            return carefully.recompute_recipe(module, recipe)  # somebody may have written into it
+        del stored
+        store.pop({name!r}, None)  # freed before its successor is allocated: the same memory is used again
     {advance}
-    store.pop({name!r}, None)  # freed before its successor is allocated: the same memory is used again
     try:
         value = {value}
     except ValueError as error:
         raise recipe.refusal(module, error) from error
     try:
-        versions = ({versions},)
+        version = {versions}
     except RuntimeError:  # of what inference mode made
-        versions = carefully.versions(({parts},))
-    store[{name!r}] = Stored(value, ({parts},), versions, get_ident())
+        version = None
+    store[{name!r}] = Stored(value, ({parts},), version, get_ident())
 """
 
 COMPUTE = """
@@ -66,7 +71,9 @@ def read(module):
     if stored is not None:
         sources = stored.sources
         if {parts_are_the_same} and stored.thread == get_ident():
-            return stored.value
+            version = stored.version
+            if version is None or {versions_of_sources} == version:
+                return stored.value
     return carefully.read(module, recipe)
 """
 
@@ -152,7 +159,8 @@ def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict
         "find_parts": "\n".join(["parameters, buffers = module._parameters, module._buffers", *find]),
         "parts_are_unusual": " or ".join(f"type({n}) is not {'Tensor' if b else 'Parameter'}" for n, _, b in own),
         "parts_are_the_same": " and ".join(same),
-        "versions": ", ".join(f"{name}._version" for name in names),
+        "versions": " + ".join(f"{name}._version" for name in names),
+        "versions_of_sources": " + ".join(f"sources[{i}]._version" for i in range(len(own))),
         "advance": advance if recipe.advance else "",
         "value": value,
     }

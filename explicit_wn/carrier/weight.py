@@ -10,25 +10,42 @@ from collections.abc import Callable, Mapping
 from threading import get_ident
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
 from ..contexts import capture, torchscript
+from .alarm import seal, tell_lost_write, tell_stale
 from .recipe import INLINED, Recipe, base_of
-from .store import Stored, store_of, versions
+from .store import Stored, store_of, version_of
 
 
 def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
     """Computes a weight and stores it."""
     store = store_of(module)
-    store.pop(recipe.name, None)  # freed before its successor is allocated: the same memory is used again
+    earlier = _handed_out(store.get(recipe.name)) if by_read else None
+    forget(module, recipe)  # freed before its successor is allocated: the same memory is used again
     value = compute(module, recipe, by_read)
     if not isinstance(value, torch.fx.Proxy):
         sources = recipe.sources(module)
-        store[recipe.name] = Stored(value, sources, versions(sources), get_ident())
+        handed_out = seal(value) if by_read else None
+        store[recipe.name] = Stored(value, sources, version_of(sources), get_ident(), handed_out, earlier)
+        if not value.is_inference() and value._version:
+            store.made[recipe.name] = value._version
         if (get_ident(), recipe.name) in store.running:  # a recompute within the forward of an inlined module
             store.running[get_ident(), recipe.name] = value
     return value
+
+
+def _handed_out(stored: Stored | None) -> Stored | None:
+    """What somebody may write into still, while he is given the next."""
+    return None if stored is None or stored.seal is None else attrs.evolve(stored, earlier=None)
+
+
+def forget(module: nn.Module, recipe: Recipe) -> None:
+    """Drops what is stored of a weight, and says so if somebody had written into it."""
+    tell_lost_write(module, recipe)
+    store_of(module).pop(recipe.name, None)
 
 
 def in_use(module: nn.Module, name: str) -> Tensor | None:
@@ -74,10 +91,9 @@ def recompute_recipe(module: nn.Module, recipe: Recipe) -> None:
     if capture.capturing():
         advance(module, recipe)
     elif not _is_held(module, recipe):
+        forget(module, recipe)
         advance(module, recipe)
-        if _is_for_once(module, recipe):
-            store_of(module).pop(recipe.name, None)  # whoever reads it computes it
-        else:
+        if not _is_for_once(module, recipe):  # else whoever reads it computes it
             refresh(module, recipe)
 
 
@@ -157,9 +173,11 @@ def read(module: nn.Module, recipe: Recipe) -> Tensor:
         if stored is not None and stored.thread != get_ident():
             return compute(module, recipe, by_read=True)
         if _is_for_once(module, recipe):
-            store.pop(recipe.name, None)
+            forget(module, recipe)
             return compute(module, recipe, by_read=True)
         return refresh(module, recipe, by_read=True)
+    if stored.is_stale():
+        tell_stale(module, recipe)
     return stored.value
 
 
@@ -184,7 +202,12 @@ class Derived:
 
 
 def _has_current(module: nn.Module, recipe: Recipe, stored: Mapping[str, Stored]) -> bool:
-    return recipe.name in stored and is_current(stored[recipe.name], module, recipe)
+    if recipe.inlined and not store_of(module).held:
+        return False  # as in `read`
+    has = recipe.name in stored and is_current(stored[recipe.name], module, recipe)
+    if has and stored[recipe.name].is_stale():
+        tell_stale(module, recipe)
+    return has
 
 
 class FlatWeights:
@@ -219,7 +242,8 @@ def run_inlined(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
     thread = get_ident()
     try:
         for straight in inlined:
-            store.pop(straight.name, None)  # what a recompute from outside left
+            if straight.name in store:  # what a recompute or a read from outside left
+                forget(self, straight.recipe)
             store.running[thread, straight.name] = straight.compute(self)
         return self._forward_of_base(*arguments, **keywords)
     finally:

@@ -8,6 +8,7 @@ The private torch names used here, each for want of a public one:
 
 - `torch._C._are_functorch_transforms_active` and `torch.autograd.forward_ad._current_level`: whether a transform runs.
 - `torch.fx.experimental.proxy_tensor.get_proxy_mode`: the trace that is running, whose lifetime `once` shares.
+- `torch._C._len_torch_dispatch_stack`: whether a mode of torch sees all that is computed.
 - the mark `_dynamo_marked_constant`, which is all that `torch.compiler.assume_constant_result` sets; that function
   imports Dynamo, which takes longer than importing torch.
 """
@@ -43,6 +44,11 @@ def is_captured(tensor: Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether functorch or forward-mode AD runs, which want to see every operation."""
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def is_recorded() -> bool:
+    """Whether somebody sees every operation, to record it (a tracer) or to do without its numbers (fake tensors)."""
+    return is_transformed() or torch._C._len_torch_dispatch_stack() > 0
 
 
 _getattr = torch.nn.Module.__getattr__

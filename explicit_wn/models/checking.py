@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..carrier import Recipe, is_current, recipes_of, store_of
+from ..carrier.alarm import is_written_to
 from ..layers import qualified
 from ..reparametrization import Reparametrization
 from ..table import Table
@@ -110,17 +111,15 @@ def state_of(module: nn.Module, recipe: Recipe, weight: Tensor) -> str:
     `unknown` is a weight that is not what the parts make, where no counter tells who changed: `.data` leaves no trace.
     """
     stored = store_of(module).get(recipe.name)
-    if stored is None or recipe.inlined or not is_current(stored, module, recipe):
+    if stored is None or not is_current(stored, module, recipe):
         return "fresh"  # whoever reads it has it computed
-    if stored.is_stale():
+    if not recipe.inlined and stored.is_stale():
         return "stale"
     if not weight.is_meta and torch.allclose(stored.value, weight, equal_nan=True):
         return "fresh"
-    return "lost write" if _is_written_to(stored.value) else "unknown"
-
-
-def _is_written_to(weight: Tensor) -> bool:
-    return not weight.is_inference() and weight._version > 0
+    if is_written_to(module, recipe, stored):
+        return "lost write"
+    return "fresh" if recipe.inlined else "unknown"
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,10 +1,9 @@
 """Making the norms of torch ours, and ending norms, in models that somebody else wrote."""
 
-import warnings
-
 from torch import nn
 
 from .. import carrier
+from ..caller import warn
 from ..carrier import all_or_nothing
 from ..layers import qualified
 from ..refusals import replaced_forward
@@ -49,11 +48,10 @@ def convert(model: nn.Module) -> list[str]:
             if spelled.is_norm and replaced_forward(module):
                 raise _cannot_convert(path, module, spelled, replaced_forward(module))
     if foreign := _foreign(model):
-        warnings.warn(
+        warn(
             f"convert leaves alone what looks like parts of norms that are neither torch's nor ours: {foreign}. End "
             "such a norm in the way of the project that made it and apply one of ours, or let it be if it is meant so.",
             ForeignNormWarning,
-            stacklevel=2,
         )
     return _make_ours(model)
 

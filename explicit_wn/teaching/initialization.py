@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import carrier
-from ..carrier import Recipe, store_of
+from ..carrier import Recipe
 from ..layers import LAYERS, TRANSPOSED, qualified
 from ..norms import WeightNorm
 
@@ -100,6 +100,7 @@ def _restored(model: nn.Module, layers: Iterable[Any]) -> Iterator[None]:
     before = [(part, part.detach().clone()) for part in parts]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    _forget_all(model)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
         with torch.random.fork_rng(list(devices), device_type="cuda"):
@@ -114,9 +115,12 @@ def _restored(model: nn.Module, layers: Iterable[Any]) -> Iterator[None]:
                 module._buffers.update(own)
             for tensor, value in values:
                 tensor.copy_(value)
-        for module in model.modules():
-            if carrier.recipes_of(module):
-                store_of(module).clear()
+        _forget_all(model)
+
+
+def _forget_all(model: nn.Module) -> None:
+    for module in model.modules():
+        carrier.forget_all(module)
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:

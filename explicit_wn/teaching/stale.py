@@ -1,12 +1,10 @@
 """Weights that are out of date: finding the `recompute` that somebody forgot."""
 
 import contextlib
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -15,9 +13,8 @@ from torch import Tensor, nn
 
 from .. import carrier
 from ..carrier import Recipe, Stored, store_of, weight
+from ..carrier.alarm import is_torchscript_looking, name_and_advice, on_stale
 from ..contexts.torchscript import is_tracing
-from ..layers import qualified
-from ..reparametrization import Reparametrization
 
 
 class StaleWeightError(RuntimeError):
@@ -107,28 +104,16 @@ _watching: ContextVar[tuple[_Watch, ...]] = ContextVar("watching", default=())
 def _on_read(module: nn.Module, recipe: Recipe) -> None:
     store, watches = store_of(module), _watching.get()
     stored = store.get(recipe.name)
-    if not watches or stored is None or (recipe.inlined and not store.held) or _is_torchscript_looking():
+    if not watches or stored is None or (recipe.inlined and not store.held) or is_tracing() or is_torchscript_looking():
         return
     if not carrier.is_current(stored, module, recipe):
         return  # such a read computes the weight anew
-    models = [watch.model for watch in watches if watch.model is not None]
+    models = tuple(watch.model for watch in watches if watch.model is not None)
     has_changed = [watch.has_changed(module, recipe, stored) for watch in watches]
     if any(has_changed) or stored.is_stale():
-        raise StaleWeightError(_on_stale(module, recipe, models))
+        raise StaleWeightError(on_stale(module, recipe, models))
     if torch.is_grad_enabled() and _is_used_up(stored.value.grad_fn):
         watches[0].used_up[_on_used_up(module, recipe, models)] = None
-
-
-def _is_torchscript_looking() -> bool:
-    """Whether torch.jit reads, which looks at every attribute of a module before it traces its forward."""
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS, "<explicit_wn")):
-        frame = frame.f_back
-    reader = frame.f_globals.get("__name__", "")
-    return is_tracing() or reader.startswith(("torch.jit", "torch._jit"))
-
-
-_OURS = str(Path(__file__).parents[1])
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -166,64 +151,11 @@ def _is_used_up(root: Any) -> bool:
     return False
 
 
-# What to say about them
-
-
-def _on_stale(module: nn.Module, recipe: Recipe, models: list[nn.Module]) -> str:
-    name, advice = _name_and_advice(module, recipe, models)
-    parts = " and ".join(recipe.attributes)
-    if store_of(module).held:
-        return f"{name} is stale: {parts} changed while a cached(model) block holds it. Change them after the block."
-    return (
-        f"{name} is stale: {parts} changed since it was last computed from them. {advice}\n\nWithout that the model "
-        "goes on with the old weight, and the second training step fails with torch's error \"Trying to backward "
-        'through the graph a second time".'
-    )
-
-
-def _on_used_up(module: nn.Module, recipe: Recipe, models: list[nn.Module]) -> str:
-    name, advice = _name_and_advice(module, recipe, models)
+def _on_used_up(module: nn.Module, recipe: Recipe, models: tuple[nn.Module, ...]) -> str:
+    name, advice = name_and_advice(module, recipe, models)
     if store_of(module).held:
         advice = "A cached(model) block holds it: one backward is all that a block can have."
     return (
         f"Trying to backward through the graph a second time: {name} was used again after a backward through it, "
         f"without a recompute in between. {advice}"
     )
-
-
-def _name_and_advice(module: nn.Module, recipe: Recipe, models: list[nn.Module]) -> tuple[str, str]:
-    """What the weight is called, and which line recomputes it where."""
-    model, path = _path_of(module, models)
-    name = f"{qualified(path, recipe.name)} of this {carrier.base_of(model).__name__}"
-    names = path.split(".") if path else []
-    norm, place = "wn", "before the model is called"
-    for depth in range(len(names), -1, -1):
-        owner = model.get_submodule(".".join(names[:depth]))
-        held = [child for child in owner._modules if _is_norm_of(recipe, owner._modules[child])]
-        if held:
-            norm, place = f"self.{held[0]}", f"to the forward of {carrier.base_of(owner).__name__}"
-            break
-    target = "".join(f"[{n}]" if n.isdigit() else f".{n}" for n in names[depth:])
-    target = ("model" if norm == "wn" else "self") + target
-    which = f", where wn is {recipe.norm!r}" if norm == "wn" else ""
-    line = f"Add this line {place}{which}:\n\n    {norm}.recompute({target})\n\n"
-    return name, line + "or use inline(layer) in the place of apply(layer), which recomputes by itself."
-
-
-def _is_norm_of(recipe: Recipe, module: nn.Module | None) -> bool:
-    return isinstance(module, Reparametrization) and module._label in recipe.labels
-
-
-def _path_of(module: nn.Module, models: list[nn.Module]) -> tuple[nn.Module, str]:
-    """The path of `module`, and the model in which it has that path: a given one, or the outermost one running."""
-    running: list[nn.Module] = []
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if isinstance(frame.f_locals.get("self"), nn.Module):
-            running.insert(0, frame.f_locals["self"])
-    for model in (*models, *running):
-        for path, other in model.named_modules():
-            if other is module:
-                return model, path
-    return module, ""

@@ -306,6 +306,7 @@ def content(held: Any) -> Tensor:
 
 
 @every_norm
+@pytest.mark.filterwarnings("ignore::explicit_wn.StaleWeightWarning")  # it is read after an optimizer step
 @pytest.mark.parametrize("form", ["recomputed", "inlined"])
 @pytest.mark.parametrize("happening", HAPPENINGS.values(), ids=HAPPENINGS)
 @pytest.mark.parametrize("gradients", [True, False], ids=["", "no_grad"])

@@ -199,7 +199,7 @@ class Subject:
             return None
         own = [*self.layer._parameters.values(), *self.layer._buffers.values()]
         return [
-            (name, s.value, [[x is y for y in own] for x in s.sources], s.versions, s.is_stale())
+            (name, s.value, [[x is y for y in own] for x in s.sources], s.version, s.is_stale())
             for name, s in carrier.store_of(self.layer).items()
         ]
 

@@ -332,6 +332,7 @@ def built(shape: Any, norm: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.filterwarnings("ignore::explicit_wn.LostWriteWarning")  # of `init_weights`, in either spelling
 @pytest.mark.parametrize("norm", SPELLINGS)
 @pytest.mark.parametrize(("shape", "weights"), SHAPES)
 def test_a_models_own_removal_works_as_written_in_every_spelling(shape: Any, weights: int, norm: Any) -> None:
@@ -348,6 +349,7 @@ def test_a_models_own_removal_works_as_written_in_every_spelling(shape: Any, wei
     torch.testing.assert_close(model(x), theirs(x))
 
 
+@pytest.mark.filterwarnings("ignore::explicit_wn.LostWriteWarning")  # of `init_weights`, in either spelling
 @pytest.mark.parametrize(("shape", "weights"), SHAPES)
 def test_such_a_model_is_built_with_the_hooks_numbers_from_one_seed(shape: Any, weights: int) -> None:
     ours, theirs = built(shape, weight_norm), built(shape, hook_weight_norm)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from explicit_wn import SpectralNorm, WeightNorm, apply_all, assign_all, normed
+from explicit_wn import LostWriteWarning, SpectralNorm, WeightNorm, apply_all, assign_all, normed
 
 X = torch.randn(5, 6)
 
@@ -147,5 +147,8 @@ def test_a_lost_initialization_is_lost_without_it() -> None:
 
     before = weights()
     model.apply(by_data)
-    for one, other in zip(before, weights(), strict=True):
+    with pytest.warns(LostWriteWarning, match="assign_all") as told:
+        after = weights()
+    assert len(told) == len(after)
+    for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one, other)

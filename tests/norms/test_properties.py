@@ -401,6 +401,7 @@ def test_after_many_iterations_the_weight_is_divided_by_its_largest_singular_val
     close(layer.kernel.detach(), normed_spectrally(case.weight, case.row), ulps=32, scale=1.0)
 
 
+@pytest.mark.filterwarnings("ignore::explicit_wn.StaleWeightWarning")
 @drawn(100)
 @hypothesis.given(spectral_cases(), st.booleans(), st.booleans())
 def test_remove_leaves_the_weight_that_was_read(case: Case, training: bool, change: bool) -> None:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from explicit_wn import (
     SpectralNorm,
+    StaleWeightWarning,
     WeightNorm,
     apply_all,
     cached,
@@ -562,10 +563,10 @@ def test_every_precision_and_a_whole_tensor_norm_are_watched(dtype: torch.dtype)
 # the classic error
 
 
-def test_outside_the_block_the_second_training_step_fails_without_a_word_on_recompute() -> None:
+def test_outside_the_block_the_second_training_step_fails_after_a_warning_alone() -> None:
     net = Net()
     sgd_step(net)
-    with pytest.raises(RuntimeError, match=SECOND_BACKWARD) as caught:
+    with pytest.warns(StaleWeightWarning), pytest.raises(RuntimeError, match=SECOND_BACKWARD) as caught:
         sgd_step(net)
     assert "recompute" not in str(caught.value)
 
@@ -696,7 +697,8 @@ def test_it_is_off_before_and_after_and_leaves_nothing_behind() -> None:
     assert weight.on_read is None
     assert [set(vars(module)) for module in net.modules()] == keys
     make_stale(net.block.layers[0])
-    net(X)  # silently stale, as ever
+    with pytest.warns(StaleWeightWarning):
+        net(X)  # no error
 
 
 def test_what_it_remembers_does_not_keep_old_weights_alive() -> None:
@@ -789,7 +791,8 @@ def test_threads_enter_and_leave_in_any_order() -> None:
     with detect_stale(net):
         thread.start()
         entered.wait(60)
-    net(X)  # this thread has left
+    with pytest.warns(StaleWeightWarning):
+        net(X)  # this thread has left
     assert weight.on_read is not None
     leave.set()
     thread.join(60)

@@ -1,0 +1,153 @@
+"""What is said, once for each weight, where it is quietly wrong: read when it is stale, or written into in vain."""
+
+import torch
+from torch import Tensor, nn
+
+from ..caller import callers, running, warn
+from ..contexts import capture, torchscript
+from ..layers import qualified
+from .recipe import Recipe, base_of
+from .store import Stored, store_of
+
+
+class StaleWeightWarning(UserWarning):
+    """A normed weight was read whose parts have changed in place since the last `recompute`."""
+
+
+class LostWriteWarning(UserWarning):
+    """A normed weight was written into; the norm computes it anew from its parts, so that what was written is lost."""
+
+
+def tell_stale(module: nn.Module, recipe: Recipe) -> None:
+    """Warns that the weight which is read now is not what its parts make; not where a `cached` block wants it so."""
+    told = store_of(module).told
+    if (recipe.name, "stale") not in told and not store_of(module).held and not is_torchscript_looking():
+        warn(on_stale(module, recipe), StaleWeightWarning)
+        told.add((recipe.name, "stale"))  # not where the warning is an error, which somebody may catch
+
+
+def tell_lost_write(module: nn.Module, recipe: Recipe) -> None:
+    """Warns if somebody wrote into the stored weight, which is about to be dropped."""
+    store = store_of(module)
+    stored = store.get(recipe.name)
+    if stored is not None and (recipe.name, "lost") not in store.told and is_written_to(module, recipe, stored):
+        warn(on_lost_write(module, recipe), LostWriteWarning)
+        store.told.add((recipe.name, "lost"))
+
+
+def is_torchscript_looking() -> bool:
+    """Whether torch.jit reads, which looks at every attribute of a module before it traces its forward."""
+    for frame in callers():
+        name = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "forward" or not name.startswith("torch."):
+            return False
+        if name.startswith(("torch.jit", "torch._jit")):
+            return True
+    return False
+
+
+# Writes
+
+
+def seal(value: Tensor) -> Tensor | None:
+    """The sums of a weight along its rows and columns, by which a write into it is seen that no counter shows.
+
+    None for what is not handed out to be written into: torch's own code only reads.
+    """
+    reader = next(callers()).f_globals.get("__name__", "")
+    return None if reader.startswith("torch.") else _sums(value)
+
+
+def _sums(value: Tensor) -> Tensor | None:
+    if type(value) is not Tensor or value.is_meta or not _may_look(value) or value.numel() == 0:
+        return None
+    matrix = value.detach().reshape(len(value) if value.dim() > 1 else 1, -1)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return torch.cat([matrix.sum(0, dtype=wide), matrix.sum(1, dtype=wide)])
+
+
+def _may_look(value: Tensor) -> bool:
+    """Whether nobody records what is done here with numbers: torch.jit.trace, functorch, or a CUDA graph."""
+    cuda_graph = value.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (cuda_graph or torchscript.is_traced() or capture.is_recorded())
+
+
+def is_written_to(module: nn.Module, recipe: Recipe, stored: Stored) -> bool:
+    """Whether somebody wrote into a stored weight, as far as that can be seen."""
+    if getattr(module, "max_norm", None) is not None:
+        return False  # an Embedding renorms its weight by itself, at every forward again
+    if stored.earlier is not None and is_written_to(module, recipe, stored.earlier):
+        return True
+    if stored.seal is not None and _may_look(stored.value):
+        return not _same(_sums(stored.value), stored.seal)
+    return not stored.value.is_inference() and stored.value._version > store_of(module).made.get(recipe.name, 0)
+
+
+def _same(sums: Tensor | None, seal: Tensor) -> bool:
+    if sums is None or sums.shape != seal.shape:
+        return False
+    return torch.allclose(sums, seal, rtol=0, atol=0, equal_nan=True)
+
+
+# What to say
+
+
+def on_stale(module: nn.Module, recipe: Recipe, models: tuple[nn.Module, ...] = ()) -> str:
+    """That a weight is stale, and the line to add."""
+    name, advice = name_and_advice(module, recipe, models)
+    parts = " and ".join(recipe.attributes)
+    if store_of(module).held:
+        return f"{name} is stale: {parts} changed while a cached(model) block holds it. Change them after the block."
+    return (
+        f"{name} is stale: {parts} changed since it was last computed from them. {advice}\n\nWithout that the model "
+        "goes on with the old weight, and the second training step fails with torch's error \"Trying to backward "
+        'through the graph a second time".'
+    )
+
+
+def on_lost_write(module: nn.Module, recipe: Recipe) -> str:
+    """That what was written is lost, and the lines that keep it."""
+    place = _Place(module, recipe)
+    return (
+        f"{place.name} was written into, and that is lost: {recipe.norm._kind} computes it anew from "
+        f"{' and '.join(recipe.attributes)}. Write into it with this line{place.which}:\n\n"
+        f"    {place.norm}.assign({place.target}, weight)\n\n"
+        "To initialize a whole model, write explicit_wn.assign_all(model, init) in the place of model.apply(init). "
+        "Before a tool merges something into it, call explicit_wn.fold(model)."
+    )
+
+
+def name_and_advice(module: nn.Module, recipe: Recipe, models: tuple[nn.Module, ...] = ()) -> tuple[str, str]:
+    """What the weight is called, and which line recomputes it where."""
+    place = _Place(module, recipe, models)
+    where = f"to the forward of {base_of(place.owner).__name__}" if place.owner else "before the model is called"
+    line = f"Add this line {where}{place.which}:\n\n    {place.norm}.recompute({place.target})\n\n"
+    return place.name, line + "or use inline(layer) in the place of apply(layer), which recomputes by itself."
+
+
+class _Place:
+    """Where a weight is in a model, and how the code there calls it."""
+
+    def __init__(self, module: nn.Module, recipe: Recipe, models: tuple[nn.Module, ...] = ()) -> None:
+        model, path = _path_of(module, models)
+        self.name = f"{qualified(path, recipe.name)} of this {base_of(model).__name__}"
+        names = path.split(".") if path else []
+        self.norm, self.owner = "wn", None
+        for depth in range(len(names), -1, -1):
+            owner = model.get_submodule(".".join(names[:depth]))
+            held = [name for name, child in owner._modules.items() if getattr(child, "_label", None) in recipe.labels]
+            if held:
+                self.norm, self.owner = f"self.{held[0]}", owner
+                break
+        self.target = "self" if self.owner else "model"
+        self.target += "".join(f"[{n}]" if n.isdigit() else f".{n}" for n in names[depth:])
+        self.which = "" if self.owner else f", where wn is {recipe.norm!r}"
+
+
+def _path_of(module: nn.Module, models: tuple[nn.Module, ...]) -> tuple[nn.Module, str]:
+    """The path of `module`, and the model in which it has that path: a given one, or the outermost one running."""
+    for model in (*models, *running()):
+        for path, other in model.named_modules():
+            if other is module:
+                return model, path
+    return module, ""
