@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 _OURS = str(Path(__file__).parent) + os.sep, "<explicit_wn"
-_BETWEEN = *_OURS, str(Path(torch.__file__).parent) + os.sep, contextlib.__file__, copy.__file__
+_BETWEEN = *_OURS, str(Path(torch.__file__).parent) + os.sep, contextlib.__file__, copy.__file__, "<string>"
 
 
 def warn(message: str, category: type[Warning]) -> None:
@@ -28,8 +28,10 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def running() -> list[nn.Module]:
-    """The modules whose methods are running, the outermost first."""
-    return [frame.f_locals["self"] for frame in callers() if isinstance(frame.f_locals.get("self"), nn.Module)][::-1]
+    """The modules whose methods are running, the outermost first; not what `torch.compile` wraps around them."""
+    found = [frame.f_locals.get("self") for frame in callers()]
+    modules = [one for one in found if isinstance(one, nn.Module) and not type(one).__module__.startswith("torch._")]
+    return modules[::-1]
 
 
 def callers() -> Iterator[FrameType]:

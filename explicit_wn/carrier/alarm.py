@@ -1,5 +1,7 @@
 """What is said, once for each weight, where it is quietly wrong: read when it is stale, or written into in vain."""
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,21 @@ def tell_lost_write(module: nn.Module, recipe: Recipe) -> None:
         store.told.add((recipe.name, "lost"))
 
 
+handed_out: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""The modules of which somebody was given a weight that he may write into."""
+
+
+def _tell_before_capture() -> None:
+    models = running() if handed_out else []
+    captured = {module for model in models for module in model.modules()}
+    for module in captured.intersection(handed_out) if models else list(handed_out):  # a strict export runs none itself
+        for recipe in getattr(module, "_normed", ()):
+            tell_lost_write(module, recipe)
+
+
+capture.before_capture.append(_tell_before_capture)
+
+
 def is_torchscript_looking() -> bool:
     """Whether torch.jit reads, which looks at every attribute of a module before it traces its forward."""
     for frame in callers():
@@ -49,27 +66,31 @@ def is_torchscript_looking() -> bool:
 # Writes
 
 
-def seal(value: Tensor) -> Tensor | None:
+def seal(module: nn.Module, value: Tensor) -> Tensor | None:
     """The sums of a weight along its rows and columns, by which a write into it is seen that no counter shows.
 
     None for what is not handed out to be written into: torch's own code only reads.
     """
     reader = next(callers()).f_globals.get("__name__", "")
-    return None if reader.startswith("torch.") else _sums(value)
+    if reader.startswith("torch."):
+        return None
+    handed_out.add(module)
+    return _sums(value)
 
 
 def _sums(value: Tensor) -> Tensor | None:
     if type(value) is not Tensor or value.is_meta or not _may_look(value) or value.numel() == 0:
         return None
-    matrix = value.detach().reshape(len(value) if value.dim() > 1 else 1, -1)
     wide = torch.promote_types(value.dtype, torch.float32)
-    return torch.cat([matrix.sum(0, dtype=wide), matrix.sum(1, dtype=wide)])
+    with capture.unrecorded():
+        matrix = value.detach().reshape(len(value) if value.dim() > 1 else 1, -1)
+        return torch.cat([matrix.sum(0, dtype=wide), matrix.sum(1, dtype=wide)])
 
 
 def _may_look(value: Tensor) -> bool:
     """Whether nobody records what is done here with numbers: torch.jit.trace, functorch, or a CUDA graph."""
     cuda_graph = value.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (cuda_graph or torchscript.is_traced() or capture.is_recorded())
+    return not (cuda_graph or torchscript.is_traced() or capture.is_transformed())
 
 
 def is_written_to(module: nn.Module, recipe: Recipe, stored: Stored) -> bool:
@@ -86,7 +107,8 @@ def is_written_to(module: nn.Module, recipe: Recipe, stored: Stored) -> bool:
 def _same(sums: Tensor | None, seal: Tensor) -> bool:
     if sums is None or sums.shape != seal.shape:
         return False
-    return torch.allclose(sums, seal, rtol=0, atol=0, equal_nan=True)
+    with capture.unrecorded():
+        return torch.allclose(sums, seal, rtol=0, atol=0, equal_nan=True)
 
 
 # What to say

@@ -28,8 +28,8 @@ def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
     value = compute(module, recipe, by_read)
     if not isinstance(value, torch.fx.Proxy):
         sources = recipe.sources(module)
-        handed_out = seal(value) if by_read else None
-        store[recipe.name] = Stored(value, sources, version_of(sources), get_ident(), handed_out, earlier)
+        sums = seal(module, value) if by_read else None
+        store[recipe.name] = Stored(value, sources, version_of(sources), get_ident(), sums, earlier)
         if not value.is_inference() and value._version:
             store.made[recipe.name] = value._version
         if (get_ident(), recipe.name) in store.running:  # a recompute within the forward of an inlined module
@@ -156,7 +156,9 @@ def is_current(stored: Stored, module: nn.Module, recipe: Recipe) -> bool:
 def read(module: nn.Module, recipe: Recipe) -> Tensor:
     """The weight as its attribute gives it: stored in eager mode, computed in place in a captured graph."""
     if capture.capturing():
-        if torch.compiler.is_dynamo_compiling() and not capture.announce_to_dynamo():
+        if not torch.compiler.is_dynamo_compiling():
+            tell_lost_write(module, recipe)
+        elif not capture.announce_to_dynamo():
             value: Tensor = recipe.operator.call(*recipe.read(module).values())
             return value
         return recipe.operator.formula(**recipe.read(module), **recipe.formula_options)

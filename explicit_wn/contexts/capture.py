@@ -8,7 +8,7 @@ The private torch names used here, each for want of a public one:
 
 - `torch._C._are_functorch_transforms_active` and `torch.autograd.forward_ad._current_level`: whether a transform runs.
 - `torch.fx.experimental.proxy_tensor.get_proxy_mode`: the trace that is running, whose lifetime `once` shares.
-- `torch._C._len_torch_dispatch_stack`: whether a mode of torch sees all that is computed.
+- `torch._C._DisableTorchDispatch`: what torch itself computes with numbers by, while it traces.
 - the mark `_dynamo_marked_constant`, which is all that `torch.compiler.assume_constant_result` sets; that function
   imports Dynamo, which takes longer than importing torch.
 """
@@ -46,9 +46,9 @@ def is_transformed() -> bool:
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def is_recorded() -> bool:
-    """Whether somebody sees every operation, to record it (a tracer) or to do without its numbers (fake tensors)."""
-    return is_transformed() or torch._C._len_torch_dispatch_stack() > 0
+def unrecorded() -> Any:
+    """Within this block tracers and fake tensors do not see what is computed: it runs for its numbers."""
+    return torch._C._DisableTorchDispatch()
 
 
 _getattr = torch.nn.Module.__getattr__
@@ -209,6 +209,10 @@ def _own_code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+before_capture: list[Callable[[], None]] = []
+"""What else is to be done when Dynamo comes, who does not see what is stored."""
+
+
 def announce_to_dynamo() -> bool:
     """Run by Dynamo itself, while it traces: makes the operators, or allows their formulas in the graph of an export.
 
@@ -217,6 +221,8 @@ def announce_to_dynamo() -> bool:
     """
     import torch._dynamo
 
+    for look in before_capture:
+        look()
     exporting: bool = torch.compiler.is_exporting()
     for operator in list(_operators.values()):
         if exporting:

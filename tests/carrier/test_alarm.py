@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -333,6 +334,10 @@ ROUTES: dict[str, Callable[[Any], Any]] = {
     "inference": lambda model: torch.inference_mode()(model)(X),
     "cached": lambda model: cached(model).__enter__(),
     "AveragedModel": AveragedModel,
+    "compile": lambda model: torch.compile(model, backend="eager", fullgraph=True)(X),
+    "export": lambda model: torch.export.export(model, (X,)),
+    "strict export": lambda model: torch.export.export(model, (X,), strict=True),
+    "make_fx": lambda model: make_fx(lambda x: model(x))(X),
 }
 
 
@@ -340,6 +345,7 @@ ROUTES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("form", ["apply", "inline"])
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 def test_wherever_the_weight_goes_next_the_write_is_told(route: Callable[[Any], Any], form: str, write: Any) -> None:
+    torch._dynamo.reset()
     model = made_by(form)
     model.apply(write)
     with told(LostWriteWarning):
