@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from layers import Recomputing, by_hand, first_output, make_stale, read_stale
+from layers import Net, by_hand, first_output, make_stale, read_stale
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -23,6 +23,10 @@ from explicit_wn import WeightNorm, carrier, functional
 from explicit_wn.carrier.recipe import recipe_from
 
 Factory = Callable[[], nn.Module]
+
+
+def dim_1() -> Net:
+    return Net(WeightNorm(dim=1))
 
 
 RNN_NAMES = ("weight_hh_l0", "weight_ih_l1")
@@ -106,7 +110,7 @@ def test_a_copy_after_a_forward_is_whole_and_independent(verb: str, copied: Call
 
 @every_copy
 def test_the_copy_of_a_model_recomputes_its_own_layer(copied: Callable[[Any], Any]) -> None:
-    model, x = Recomputing(), torch.randn(4, 3)
+    model, x = dim_1(), torch.randn(4, 3)
     model(x).sum().backward()
     twin = copied(model)
     make_stale(twin.fc)
@@ -375,7 +379,7 @@ def test_tampered_data_is_refused_before_any_source_is_made_of_it(data: Naming) 
 
 
 def test_the_state_dict_holds_the_parts_and_not_the_weight() -> None:
-    model = nn.Sequential(WeightNorm().inline(nn.Linear(3, 2)), Recomputing(), lstm())
+    model = nn.Sequential(WeightNorm().inline(nn.Linear(3, 2)), dim_1(), lstm())
     assert list(model.state_dict()) == [
         *("0.bias", "0.weight_g", "0.weight_v"),
         *("1.fc.bias", "1.fc.weight_g", "1.fc.weight_v"),
@@ -556,12 +560,12 @@ def test_a_checkpoint_without_the_layer_leaves_it_alone_if_it_may() -> None:
     ],
     ids=["double", "half", "bfloat16", "to", "there and back"],
 )
-@pytest.mark.parametrize("make", [Recomputing, lambda: WeightNorm(dim=1).inline(nn.Linear(3, 2))])
+@pytest.mark.parametrize("make", [dim_1, lambda: WeightNorm(dim=1).inline(nn.Linear(3, 2))])
 def test_a_cast_makes_the_weight_anew(
     make: Factory, move: Callable[[nn.Module], nn.Module], dtype: torch.dtype
 ) -> None:
     model = make()
-    layer: Any = model.fc if isinstance(model, Recomputing) else model
+    layer: Any = model.fc if isinstance(model, Net) else model
     assert layer.weight.dtype == torch.float32
     make_stale(layer)
     assert move(model) is model
@@ -581,7 +585,7 @@ def test_a_cast_reaches_the_weights_of_an_rnn() -> None:
 
 
 def test_to_meta_and_back_empty() -> None:
-    model, source = Recomputing(), Recomputing()
+    model, source = dim_1(), dim_1()
     model(torch.randn(4, 3))
     model.to("meta")
     assert model.fc.weight.device.type == "meta"
@@ -663,7 +667,7 @@ def test_reading_is_right_after_a_part_was_replaced() -> None:
 
 
 def test_reading_is_right_after_grad_and_vmap() -> None:
-    model, x = Recomputing(), torch.randn(4, 3)
+    model, x = dim_1(), torch.randn(4, 3)
     parameters = dict(model.named_parameters())
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:

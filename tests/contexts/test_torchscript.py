@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import pytest
 import torch
-from layers import make_stale
+from layers import Net, make_stale
 from torch import Tensor, nn
 
 import explicit_wn
@@ -30,17 +30,6 @@ def by_hand(module: Any, dim: int = 0) -> Tensor:
     """g · v / ‖v‖, from the parts as they are now."""
     g, v = module.weight_g, module.weight_v
     return g * v / v.square().sum([d for d in range(v.dim()) if d != dim], keepdim=True).sqrt()
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.wn = WeightNorm()
-        self.fc = self.wn.apply(nn.Linear(3, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.wn.recompute(self.fc)
-        return self.fc(x)
 
 
 def fresh_net() -> Any:

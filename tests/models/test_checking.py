@@ -4,20 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from layers import Net
+from torch import nn
 
 from explicit_wn import LostWriteWarning, SpectralNorm, WeightNorm, apply_all, check, report
-
-
-class Net(nn.Module):
-    def __init__(self, verb: str = "apply", norm: Any = None) -> None:
-        super().__init__()
-        self.wn = norm or WeightNorm()
-        self.fc = getattr(self.wn, verb)(nn.Linear(3, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.wn.recompute(self.fc)
-        return self.fc(x)
 
 
 def found(model: nn.Module, optimizer: Any = None) -> list[tuple[str, str]]:
@@ -27,7 +17,7 @@ def found(model: nn.Module, optimizer: Any = None) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("verb", ["apply", "inline"])
 @pytest.mark.parametrize("norm", [WeightNorm, SpectralNorm, lambda: WeightNorm(eps=1e-6)])
 def test_a_model_that_trains_as_it_should_has_nothing(verb: str, norm: Any) -> None:
-    model = nn.Sequential(Net("apply", norm()), norm().inline(nn.Conv1d(2, 2, 1)) if verb == "inline" else nn.Tanh())
+    model = nn.Sequential(Net(norm()), norm().inline(nn.Conv1d(2, 2, 1)) if verb == "inline" else nn.Tanh())
     optimizer = torch.optim.Adam(model.parameters())
     for _ in range(3):
         optimizer.zero_grad()
@@ -74,7 +64,7 @@ def test_an_optimizer_that_was_made_before_the_norms() -> None:
 
 
 def test_weights_that_are_not_finite() -> None:
-    model = Net("inline")
+    model = Net(verb="inline")
     nn.init.zeros_(model.fc.weight_v)
     assert found(model) == [("fc.weight", "not finite")]
 

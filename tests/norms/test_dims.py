@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import Dim, change_parts, loss_of, norm_of, weight_of
+from layers import Dim, Net, change_parts, loss_of, norm_of, weight_of
 from torch import Tensor, nn
 
 from explicit_wn import WeightNorm
@@ -23,17 +23,6 @@ class Weight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x
-
-
-class Net(nn.Module):
-    def __init__(self, norm: WeightNorm, layer: nn.Module) -> None:
-        super().__init__()
-        self.wn = norm
-        self.layer = norm.apply(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.wn.recompute(self.layer)
-        return self.layer(x)
 
 
 def dims_of(ndim: int) -> list[Dim]:
@@ -126,7 +115,7 @@ def test_the_weight_is_fresh_in_a_captured_graph(
             captured(x), expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
         )
     change_parts(model, seed=4)
-    expected = 2.0 * weight_of(model.layer.weight_g, model.layer.weight_v, kept(dim, ndim))  # type: ignore[arg-type]
+    expected = 2.0 * weight_of(model.fc.weight_g, model.fc.weight_v, kept(dim, ndim))  # type: ignore[arg-type]
     torch.testing.assert_close(model(x), expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
@@ -153,7 +142,7 @@ def test_a_change_of_dtype_reaches_the_weight(dtype: torch.dtype) -> None:
     model = Net(WeightNorm(dim=1), Weight((2, 3), torch.float32))
     change_parts(model, seed=1)
     model.to(dtype)
-    assert model.layer.weight.dtype == dtype
+    assert model.fc.weight.dtype == dtype
     change_parts(model, seed=2)
-    expected = weight_of(model.layer.weight_g, model.layer.weight_v, 1)  # type: ignore[arg-type]
+    expected = weight_of(model.fc.weight_g, model.fc.weight_v, 1)  # type: ignore[arg-type]
     torch.testing.assert_close(model(torch.ones((), dtype=dtype)), expected)
