@@ -23,7 +23,7 @@ class LostWriteWarning(UserWarning):
 def tell_stale(module: nn.Module, recipe: Recipe) -> None:
     """Warns that the weight which is read now is not what its parts make; not where a `cached` block wants it so."""
     told = store_of(module).told
-    if (recipe.name, "stale") not in told and not store_of(module).held and not is_torchscript_looking():
+    if (recipe.name, "stale") not in told and not store_of(module).held and not is_only_looked_at():
         warn(on_stale(module, recipe), StaleWeightWarning)
         told.add((recipe.name, "stale"))  # not where the warning is an error, which somebody may catch
 
@@ -52,10 +52,12 @@ def _tell_before_capture() -> None:
 capture.before_capture.append(_tell_before_capture)
 
 
-def is_torchscript_looking() -> bool:
-    """Whether torch.jit reads, which looks at every attribute of a module before it traces its forward."""
+def is_only_looked_at() -> bool:
+    """Whether nobody uses what is read: a `repr` asks for a bias, torch.jit looks around before it traces a forward."""
     for frame in callers():
         name = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "extra_repr":
+            return True
         if frame.f_code.co_name == "forward" or not name.startswith("torch."):
             return False
         if name.startswith(("torch.jit", "torch._jit")):

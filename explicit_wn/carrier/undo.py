@@ -35,7 +35,8 @@ def values_or_nothing(tensors: Iterable[Tensor]) -> contextlib.AbstractContextMa
     def undo() -> None:
         with torch.no_grad():
             for tensor, value in before:
-                tensor.copy_(value)
+                if tensor.is_meta or not torch.equal(tensor, value):  # what is written counts as changed
+                    tensor.copy_(value)
 
     return _undone_by_an_exception(undo)
 

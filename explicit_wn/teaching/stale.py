@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import carrier
 from ..carrier import Recipe, Stored, store_of, weight
-from ..carrier.alarm import is_torchscript_looking, name_and_advice, on_stale
+from ..carrier.alarm import is_only_looked_at, name_and_advice, on_stale
 from ..contexts.torchscript import is_tracing
 
 
@@ -104,7 +104,7 @@ _watching: ContextVar[tuple[_Watch, ...]] = ContextVar("watching", default=())
 def _on_read(module: nn.Module, recipe: Recipe) -> None:
     store, watches = store_of(module), _watching.get()
     stored = store.get(recipe.name)
-    if not watches or stored is None or (recipe.inlined and not store.held) or is_tracing() or is_torchscript_looking():
+    if not watches or stored is None or (recipe.inlined and not store.held) or is_tracing() or is_only_looked_at():
         return
     if not carrier.is_current(stored, module, recipe):
         return  # such a read computes the weight anew

@@ -34,6 +34,7 @@ def test_every_spelling_of_a_cell_is_measured(model: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("model", ROWS)
+@pytest.mark.filterwarnings("ignore::explicit_wn.StaleWeightWarning")
 def test_a_model_that_does_not_recompute_is_not_compared(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if model == "Hifi-GAN generator":
         pytest.importorskip("transformers")

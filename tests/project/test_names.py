@@ -52,7 +52,7 @@ def classes() -> Iterator[type]:
 
 def test_every_error_and_warning_of_ours_is_exported() -> None:
     ours = {cls.__name__ for cls in classes() if issubclass(cls, Exception) and cls.__name__[0] != "_"}
-    assert ours == {"ForeignNormWarning", "StaleWeightError"}
+    assert ours == {"ForeignNormWarning", "LostWriteWarning", "StaleWeightError", "StaleWeightWarning"}
     assert ours <= set(explicit_wn.__all__)
 
 
