@@ -29,12 +29,13 @@ def recompute(module):
     {find_parts}
     if {parts_are_unusual} or store.running:
         return carefully.recompute_recipe(module, recipe)
-    stored = store.get({name!r})
+    stored = store.pop({name!r}, None)
     if stored is not None:
-        if stored.seal is not None or not stored.value.is_inference() and stored.value._version:
+        old = stored.value
+        if stored.seal is not None or not old.is_inference() and old._version:
+            store[{name!r}] = stored
             return carefully.recompute_recipe(module, recipe)  # somebody may have written into it
-        del stored
-        store.pop({name!r}, None)  # freed before its successor is allocated: the same memory is used again
+        del stored, old  # freed before its successor is allocated: the same memory is used again
     {advance}
     try:
         value = {value}
