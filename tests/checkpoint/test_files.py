@@ -165,6 +165,8 @@ def test_shards_are_done_in_one_call(name: str, by: str, to: str, tmp_path: Path
     found = {one: load(out / one) for one in names}
     same({key: found[one][key] for key, one in index["weight_map"].items()}, wanted)
     assert sum(map(len, found.values())) == len(wanted)
+    was_in = json.loads((folder / name).read_text())["weight_map"]
+    assert all(was_in[key] == one for key, one in index["weight_map"].items() if key in was_in)
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in wanted.values())
 
 
