@@ -1,7 +1,7 @@
 """Take one model to every runtime that a PyTorch model goes to, with its weight norms in it, and then folded.
 
-What is not installed is skipped, and the reason is printed. All of it: pip install onnxruntime onnxscript executorch,
-which brings torchao along, and a C++ compiler and cmake.
+What is not installed is skipped, and the reason is printed. All of it: pip install onnxruntime onnxscript openvino
+executorch, which brings torchao along, and a C++ compiler and cmake.
 
 Run: python examples/export_everywhere.py
 """
@@ -33,6 +33,13 @@ warnings.filterwarnings("ignore", message=".torch.jit")
 # What torch says about its own code: when it lowers an exported program, and, in torch 2.10, when it loads one.
 warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec", category=FutureWarning)
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
+# And about its older way to ONNX.
+for message in (
+    "You are using the legacy TorchScript-based ONNX export",
+    "The feature will be removed",
+    "Constant folding",
+):
+    warnings.filterwarnings("ignore", message=message)
 for logger in "torch.onnx", "torch.utils.cpp_extension":  # that there is no torchvision, or no GPU
     logging.getLogger(logger).setLevel(logging.ERROR)
 
@@ -147,14 +154,46 @@ def aotinductor(model: nn.Module, file: Path) -> Run:
 
 
 def onnx(model: nn.Module, file: Path) -> Run:
-    import onnxruntime
     import onnxscript  # noqa: F401  (torch needs it, and would say so less clearly)
 
     torch.onnx.export(model, (EXAMPLE,), file, dynamo=True, dynamic_shapes=SHAPES, external_data=False, verbose=False)
+    return run_onnx(file)
+
+
+def onnx_of_torchscript(model: nn.Module, file: Path) -> Run:
+    axes = {"signal": {0: "count", 2: "length"}}
+    torch.onnx.export(model, (EXAMPLE,), file, dynamo=False, input_names=["signal"], dynamic_axes=axes)
+    return run_onnx(file)
+
+
+def run_onnx(file: Path) -> Run:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda signal: torch.from_numpy(session.run(None, {"signal": signal.numpy()})[0])
+
+
+def openvino_of_torchscript(model: nn.Module, file: Path) -> Run:
+    return openvino(torch.jit.freeze(explicit_wn.script(model)), file)  # unfrozen, it takes no convolution
+
+
+def openvino_of_export(model: nn.Module, file: Path) -> Run:
+    return openvino(export(model), file)
+
+
+def openvino_of_onnx(model: nn.Module, file: Path) -> Run:
+    return openvino(file.with_name("model.onnx"), file)
+
+
+def openvino(model: object, file: Path) -> Run:
+    import openvino
+
+    openvino.save_model(openvino.convert_model(model), file, compress_to_fp16=False)
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(file, "CPU", settings)
+    return lambda signal: torch.from_numpy(compiled(signal.numpy())[0].copy())
 
 
 def run_executorch(exported: torch.export.ExportedProgram, file: Path) -> Run:
@@ -185,6 +224,10 @@ RUNTIMES = {
     "torch.export file": (export_file, "exported.pt2"),
     "AOTInductor package": (aotinductor, "compiled.pt2"),
     "ONNX Runtime": (onnx, "model.onnx"),
+    "ONNX Runtime, TorchScript": (onnx_of_torchscript, "scripted.onnx"),
+    "OpenVINO, torch.export": (openvino_of_export, "openvino_export.xml"),
+    "OpenVINO, TorchScript": (openvino_of_torchscript, "openvino_script.xml"),
+    "OpenVINO, ONNX": (openvino_of_onnx, "openvino_onnx.xml"),
     "ExecuTorch program": (executorch, "model.pte"),
 }
 
@@ -231,8 +274,13 @@ def run_cpp(program: Path, folder: Path, expected: list[Tensor]) -> list[str]:
 
 
 def cells(file: Path | None, difference: float, milliseconds: float) -> str:
-    size = f"{file.stat().st_size / 1000:.0f}" if file else ""
+    size = f"{size_of(file) / 1000:.0f}" if file else ""
     return f"{size:>8} {difference:12.1e} {milliseconds:9.2f}"
+
+
+def size_of(file: Path) -> int:
+    """Of the file, and of the one beside it in which OpenVINO keeps the numbers."""
+    return sum(path.stat().st_size for path in {file, file.with_suffix(".bin")} if path.exists())
 
 
 @torch.no_grad()

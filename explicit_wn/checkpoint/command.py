@@ -21,9 +21,11 @@ folded into plain weights, or in another spelling of their parts.
 A checkpoint is
   a .safetensors file;
   a .pt file (any other suffix), read by torch.load with weights_only=True:
-      a state_dict, or a dict with such dicts in it;
-  a folder with model.safetensors.index.json in it, or that file: all its
-      shards. OUT is a folder then, which gets the shards and a new index."""
+      a state_dict, or a dict with such dicts in it. Its tensors are on the
+      CPU in OUT, wherever they were;
+  a folder with an index in it, *.index.json, or that file: all its shards,
+      of either format. OUT is a folder then, which gets the shards and a
+      new index."""
 
 _EPILOG = """\
 examples:

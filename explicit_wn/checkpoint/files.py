@@ -5,7 +5,7 @@ that is made: the system holds of both what fits.
 """
 
 import contextlib
-import json
+import itertools
 import os
 import pickle
 import tempfile
@@ -17,12 +17,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from . import state
+from . import shards, state
 from .format import Stored, header, read_header, write_tensor
 from .spellings import Dim, Shape
 from .state import Entry, Report
-
-_INDEX = "model.safetensors.index.json"
 
 Tick = Callable[[int, int], None]
 """What is told how many of how many entries are done."""
@@ -42,30 +40,77 @@ class Asked:
 
 def report(path: Path) -> Report:
     """What norms a file, or an index with its shards, holds."""
-    return state.report(_load(path) if _is_torchs(path) else _shards(path)[0])
+    if not shards.is_index(path):
+        return state.report(_read(path))
+    index = shards.index_in(path)
+    return state.report(_read_shards(index, shards.files_of(index)))
 
 
 def respell(path: Path, out: Path, asked: Asked) -> int:
     """Writes the checkpoint in another spelling, for an index into a folder. Returns how many weights that took."""
-    if not _is_index(path) and (out.suffix == ".safetensors") == _is_torchs(path):
+    if shards.is_index(path):
+        with _folder(out):
+            return _respell_shards(shards.index_in(path), out, asked)
+    if (out.suffix == ".safetensors") == _is_torchs(path):
         raise ValueError(f"{out} would be of another format than {path}; this command keeps the format.")
-    if _is_torchs(path):
-        return _respell_torchs(path, out, asked)
-    tensors, metadata = _shards(path)
-    known = state.names_in(tensors, asked.dims)
-    state.check_names(asked.verb, known, asked.dims, asked.skip)
-    entries = state.plan(asked.verb, tensors, asked.to, asked.dims, asked.skip)
-    with _folder(out) if _is_index(path) else contextlib.nullcontext():
-        _write_shards(tensors, metadata, entries, out if _is_index(path) else None, out, asked)
-    return len(known - set(asked.skip))
-
-
-def _is_index(path: Path) -> bool:
-    return path.is_dir() or path.suffix == ".json"
+    return _respell_torchs(path, out, asked) if _is_torchs(path) else _respell_safetensors(path, out, asked)
 
 
 def _is_torchs(path: Path) -> bool:
-    return not _is_index(path) and path.suffix != ".safetensors"
+    return path.suffix != ".safetensors"
+
+
+def _read(path: Path) -> Any:
+    """What a file holds: its tensors, or what describes them."""
+    return _load(path) if _is_torchs(path) else read_header(path)[0]
+
+
+# The files of an index
+
+
+def _read_shards(index: Path, files: Mapping[str, Path]) -> dict[str, Any]:
+    return shards.joined(index, files, {file: _read(file) for file in dict.fromkeys(files.values())})
+
+
+def _respell_shards(index: Path, out: Path, asked: Asked) -> int:
+    files = shards.files_of(index)
+    formats = {_is_torchs(file) for file in files.values()}
+    if len(formats) > 1:
+        raise ValueError(f"{index} names .safetensors files and others; this command wants files of one format.")
+    content = _read_shards(index, files)
+    entries, count = _plan(content, asked)
+    groups = shards.grouped(entries, files)
+    with whole([*(out / file.name for file in groups), out / index.name], asked.force) as (*targets, new_index):
+        write = _write_torchs if True in formats else _write_safetensors
+        write(content, groups, targets, count, asked)
+        new_index.write(shards.index_of(content, groups))
+    return count
+
+
+def _plan(content: Mapping[str, Any], asked: Asked) -> tuple[dict[str, Entry], int]:
+    """The entries of the result, and how many weights are among them that were in parts."""
+    known = state.names_in(content, asked.dims)
+    state.check_names(asked.verb, known, asked.dims, asked.skip)
+    return state.plan(asked.verb, content, asked.to, asked.dims, asked.skip), len(known - set(asked.skip))
+
+
+Groups = Mapping[Path, Mapping[str, Entry]]
+
+
+def _write_torchs(content: Mapping[str, Any], groups: Groups, files: list[BinaryIO], count: int, asked: Asked) -> None:
+    with _kept(Path(files[0].name).parent, count, asked) as place:
+        values = state.respelled(asked.verb, content, asked.to, asked.dims, asked.skip, place)
+        for group, file in zip(groups.values(), files, strict=True):
+            torch.save({name: values[name] for name in group}, file)
+
+
+def _write_safetensors(
+    content: Mapping[str, Stored], groups: Groups, files: list[BinaryIO], count: int, asked: Asked
+) -> None:
+    ticks, total = itertools.count(1), sum(map(len, groups.values()))
+    for (source, group), file in zip(groups.items(), files, strict=True):
+        _, metadata = read_header(source)
+        _write_one(content, group, metadata, file, lambda: asked.tick(next(ticks), total))
 
 
 # Files of torch
@@ -85,15 +130,19 @@ def _load(path: Path) -> Any:
 
 
 def _respell_torchs(path: Path, out: Path, asked: Asked) -> int:
-    with (
-        whole([out], asked.force) as (file,),
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as kept,
-    ):
+    with whole([out], asked.force) as (file,):
         loaded = _load(path)
         names = state.names_in(loaded, asked.dims) - set(asked.skip) if isinstance(loaded, Mapping) else set()
-        place = _Mapped(Path(kept), len(names), asked.tick)
-        torch.save(state.respelled(asked.verb, loaded, asked.to, asked.dims, asked.skip, place), file)
+        with _kept(out.parent, len(names), asked) as place:
+            torch.save(state.respelled(asked.verb, loaded, asked.to, asked.dims, asked.skip, place), file)
     return len(names)
+
+
+@contextlib.contextmanager
+def _kept(folder: Path, total: int, asked: Asked) -> Iterator["_Mapped"]:
+    """A place for the weights that are made, in the folder of the result."""
+    with tempfile.TemporaryDirectory(prefix=".weights.", dir=folder) as kept:
+        yield _Mapped(Path(kept), total, asked.tick)
 
 
 @attrs.define
@@ -118,57 +167,17 @@ class _Mapped:
 # Files of safetensors
 
 
-def _shards(path: Path) -> tuple[dict[str, Stored], dict[Path, dict[str, str]]]:
-    """The tensors of a file, or of all files of an index, and what each file says of itself."""
-    if not _is_index(path):
-        tensors, metadata = read_header(path)
-        return tensors, {path: metadata}
-    index = path / _INDEX if path.is_dir() else path
-    weight_map = _weight_map(index)
-    headers = {index.parent / name: read_header(index.parent / name) for name in dict.fromkeys(weight_map.values())}
-    found = {(name, file.name): one for file, (tensors, _) in headers.items() for name, one in tensors.items()}
-    for name, file_name in sorted(found.keys() ^ weight_map.items()):
-        raise ValueError(f"{index} and {file_name} do not agree on whether {name!r} is in it.")
-    tensors = {name: found[name, file_name] for name, file_name in weight_map.items()}
-    return tensors, {file: about for file, (_, about) in headers.items()}
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """In which file each tensor is."""
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        if all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
-            return dict(weight_map)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise ValueError(f"{index} is no index of shards: it has no weight_map of names of files beside it.")
-
-
-def _write_shards(
-    tensors: dict[str, Stored],
-    metadata: dict[Path, dict[str, str]],
-    entries: dict[str, Entry],
-    folder: Path | None,
-    out: Path,
-    asked: Asked,
-) -> None:
-    """Writes every file, and the index if there is a folder for it."""
-    groups: dict[Path, dict[str, Entry]] = {}
-    for name, entry in entries.items():
-        groups.setdefault(tensors[entry.like].file, {})[name] = entry
-    targets = [folder / file.name for file in groups] if folder else [out for _ in metadata]
-    ticks = iter(range(1, len(entries) + 1))
-    with whole([*targets, *([folder / _INDEX] if folder else [])], asked.force) as files:
-        for source, file in zip(groups or metadata, files, strict=False):
-            group = groups.get(source, {})
-            _write_one(tensors, group, metadata[source], file, lambda: asked.tick(next(ticks), len(entries)))
-        if folder:
-            files[-1].write(_index_of(tensors, groups))
+def _respell_safetensors(path: Path, out: Path, asked: Asked) -> int:
+    content = _read(path)
+    entries, count = _plan(content, asked)
+    with whole([out], asked.force) as files:
+        _write_safetensors(content, {path: entries}, files, count, asked)
+    return count
 
 
 def _write_one(
-    tensors: dict[str, Stored],
-    entries: dict[str, Entry],
+    tensors: Mapping[str, Stored],
+    entries: Mapping[str, Entry],
     metadata: dict[str, str],
     file: BinaryIO,
     tick: Callable[[], None],
@@ -191,13 +200,6 @@ def _write_one(
 def _shape(entry: Entry) -> Shape:
     assert entry.shape is not None, "everything in the file is a tensor"
     return entry.shape
-
-
-def _index_of(tensors: dict[str, Stored], groups: dict[Path, dict[str, Entry]]) -> bytes:
-    weight_map = {name: file.name for file, group in groups.items() for name in group}
-    size = sum(tensors[entry.like].nbytes for group in groups.values() for entry in group.values())
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 # Whole files or none

@@ -20,7 +20,9 @@ from ..reparametrization import Reparametrization
 NORMS: dict[str, type[Reparametrization]] = {"WeightNorm": WeightNorm, "SpectralNorm": SpectralNorm}
 SPELLINGS = ("hook", "parametrization", "plain", "ours")
 _PARAMETRIZATION = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.(.+)", re.DOTALL)
-_HOOK = re.compile(r"((?:.*\.)?[^.]+)_(g|v|orig|u)", re.DOTALL)
+_HOOK = re.compile(r"((?:.*\.)?[^.]+)_(g|v|orig|u|bar)", re.DOTALL)
+_BAR = {"orig": "bar", "u": "u", "v": "v"}
+"""A spectral norm that many projects copied: the hook's, computed the same, with another name for one part."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Dim = int | None
@@ -41,7 +43,7 @@ class Normed:
     kind: str
     """`WeightNorm` or `SpectralNorm`; empty where that cannot be told."""
     spelling: str
-    """`hook`, which is ours too, or `parametrization`."""
+    """`hook`, which is ours too, `parametrization`, or `bar`."""
     keys: dict[str, str]
     """The keys of its parts, by our names for the parts."""
     shape: Shape = ()
@@ -75,10 +77,23 @@ def find(state: Mapping[str, Any], dims: Mapping[str, Dim], skip: Collection[str
     norms = [norm for norm in understood if norm]
     names = Counter(norm.name for norm in norms)
     for norm in norms:
-        if norm.name in state or names[norm.name] > 1:
+        if _is_older_than_torch_1(norm, state):
+            norm = attrs.evolve(norm, why_not=_OLDER.format(norm.name))
+        elif norm.name in state or names[norm.name] > 1:
             other = f"as {norm.name}" if norm.name in state else "in the other spelling"
             norm = attrs.evolve(norm, why_not=f"it is there twice, as {', '.join(norm.keys.values())} and {other}")
         yield norm
+
+
+_OLDER = (
+    "torch before 1.0 wrote it, without a {0}_v; delete {0}_orig and {0}_u to keep {0}, the weight of its last "
+    "forward, or let a model with torch.nn.utils.spectral_norm load the file and save it again"
+)
+
+
+def _is_older_than_torch_1(norm: Normed, state: Mapping[str, Any]) -> bool:
+    """Whether there is a spectral norm as the first releases of torch saved it."""
+    return norm.spelling == "hook" and set(norm.keys) == {"orig", "u"} and norm.name in state
 
 
 def _readings(key: Any) -> Iterator[tuple[str, str, str]]:
@@ -103,6 +118,7 @@ def _understand(
     else:
         shapes = {part: tuple(state[key].shape) for part, key in keys.items()}
         allowed, why_not = _narrowed(*_dims_of(shapes), [dims[name]] if name in dims else [])
+        spelling = "bar" if keys == {part: f"{name}_{ours}" for part, ours in _BAR.items()} else spelling
         odd = next((key for key in keys.values() if state[key].dtype not in _FLOATS), None)
         why_not = f"{odd} is {state[odd].dtype}; convert it to a float type first" if odd else why_not
         found = Normed(name, kind, spelling, keys, shapes[whole_part(keys)], allowed, why_not)
@@ -130,6 +146,8 @@ def _kind_of(spelling: str, spelled: dict[str, str], state: Mapping[str, Any]) -
         names = {part: norm.spellings[part] if spelling == "parametrization" else part for part in norm.spellings}
         if set(names.values()) == set(spelled):
             return kind, {part: spelled[s] for part, s in names.items()}
+    if set(spelled) == set(_BAR.values()):
+        return "SpectralNorm", {part: spelled[s] for part, s in _BAR.items()}
     if set(spelled) == {"orig"} and len(state[spelled["orig"]].shape) == 1 and not _is_pruned(spelled, state):
         return "SpectralNorm", spelled  # a vector has no u and v
     return "", spelled
@@ -138,7 +156,7 @@ def _kind_of(spelling: str, spelled: dict[str, str], state: Mapping[str, Any]) -
 def _is_something_else(spelling: str, spelled: dict[str, str], state: Mapping[str, Any]) -> bool:
     """Whether the entries are what pruning leaves, or another parametrization than a norm."""
     if spelling == "hook":
-        return _is_pruned(spelled, state)
+        return _is_pruned(spelled, state) or set(spelled) == {"bar"}
     if set(spelled) == {"original"}:
         return len(state[spelled["original"]].shape) != 1  # a vector may have a spectral norm, without u and v
     return not {"original0", "original1", "0._u", "0._v"} & set(spelled)

@@ -24,7 +24,7 @@ class Row:
     norm: str
     """`WeightNorm`, `SpectralNorm`, or empty."""
     spelling: str
-    """`hook`, which is ours too, `parametrization` or `plain`."""
+    """`hook`, which is ours too, `parametrization`, `plain`, or `bar`: a hook's spectral norm with X_bar for X_orig."""
     dim: str
     """The dim of the norm: what its shapes allow."""
     shape: Shape

@@ -73,7 +73,8 @@ def status_of(arguments: list[str]) -> Any:
         (["fold", "in.pt"], 2, "the following arguments are required: -o/--output; .* fold --help says more"),
         (["respell", "in.pt", "-o", "out.pt", "--to", "torch"], 2, ".*invalid choice: 'torch'.*"),
         ([], 2, "the following arguments are required: COMMAND; python -m explicit_wn --help says more"),
-        (["report", "folder"], 1, r"folder/model.safetensors.index.json: No such file or directory"),
+        (["report", "folder"], 1, r"folder holds no index of shards, \*\.index\.json; name a file in it\."),
+        (["fold", "no.index.json", "-o", "out"], 1, "no.index.json: No such file or directory"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line_and_leaves_nothing(
@@ -109,7 +110,10 @@ def test_help_fits_a_terminal_and_names_all_there_is(arguments: list[str], capsy
     assert max(map(len, text.splitlines())) <= 100
     words = {"respell": spellings.SPELLINGS, "fold": ("--force", "--dim", "--skip", "-o")}
     assert all(
-        word in text for word in words.get("".join(arguments), ("FILE",) if arguments else ("exit status", ".pt"))
+        word in text
+        for word in words.get(
+            "".join(arguments), ("FILE",) if arguments else ("exit status", ".pt", "CPU", "*.index.json")
+        )
     )
 
 

@@ -119,13 +119,16 @@ def test_a_file_of_torch_from_before_zip_is_read(tmp_path: Path) -> None:
     same(load(tmp_path / "out.pt"), checkpoint.fold(before))
 
 
-def sharded(folder: Path) -> tuple[dict[str, Tensor], Path]:
+INDEX = "model.safetensors.index.json"
+
+
+def sharded(folder: Path, index_name: str = INDEX) -> tuple[dict[str, Tensor], Path]:
     """A checkpoint in three files, with the parts of one weight in two of them, and one file of a g alone."""
-    whole = state()
+    whole, suffix = state(), ".bin" if ".bin." in index_name else ".safetensors"
     of_file = {"a.weight_g": "3", "b.parametrizations.weight.original0": "2"}
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in whole.items():
-        groups.setdefault(f"model-{of_file.get(key, '1')}.safetensors", {})[key] = value
+        groups.setdefault(f"model-{of_file.get(key, '1')}{suffix}", {})[key] = value
     folder.mkdir()
     for name, group in groups.items():
         save(group, folder / name)
@@ -133,15 +136,27 @@ def sharded(folder: Path) -> tuple[dict[str, Tensor], Path]:
         "metadata": {"total_size": 1},
         "weight_map": {key: name for name, group in groups.items() for key in group},
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / index_name).write_text(json.dumps(index))
     return whole, folder
 
 
 @pytest.mark.parametrize("by", ["folder", "index"])
 @pytest.mark.parametrize("to", ["plain", "parametrization", "hook"])
-def test_shards_are_done_in_one_call(by: str, to: str, tmp_path: Path) -> None:
-    before, folder = sharded(tmp_path / "in")
-    out, name = tmp_path / "out", "model.safetensors.index.json"
+@pytest.mark.parametrize(
+    "name",
+    [
+        INDEX,
+        "pytorch_model.bin.index.json",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "model.fp16.safetensors.index.json",
+        "model.safetensors.index.fp16.json",
+    ],
+)
+def test_shards_are_done_in_one_call(name: str, by: str, to: str, tmp_path: Path) -> None:
+    before, folder = sharded(tmp_path / "in", name)
+    out = tmp_path / "out"
+    assert str(files.report(folder)) == str(files.report(folder / name))
+    assert {row.name for row in files.report(folder).rows} == {row.name for row in checkpoint.report(before).rows}
     assert files.respell(folder if by == "folder" else folder / name, out, Asked("respell", to)) == 3
     index = json.loads((out / name).read_text())
     wanted = checkpoint.respell(before, to)
@@ -150,7 +165,23 @@ def test_shards_are_done_in_one_call(by: str, to: str, tmp_path: Path) -> None:
     found = {one: load(out / one) for one in names}
     same({key: found[one][key] for key, one in index["weight_map"].items()}, wanted)
     assert sum(map(len, found.values())) == len(wanted)
+    was_in = json.loads((folder / name).read_text())["weight_map"]
+    assert all(was_in[key] == one for key, one in index["weight_map"].items() if key in was_in)
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in wanted.values())
+
+
+def test_a_folder_of_two_indices_and_an_index_of_two_formats_are_refused(tmp_path: Path) -> None:
+    _, folder = sharded(tmp_path / "in")
+    other = folder / "pytorch_model.bin.index.json"
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    save(state(), folder / "all.bin")
+    other.write_text(json.dumps({"weight_map": dict.fromkeys(weight_map, "all.bin")}))
+    with pytest.raises(ValueError, match=rf"in holds {INDEX} and {other.name}; name the one that is meant"):
+        files.respell(folder, tmp_path / "out", FOLD)
+    other.write_text(json.dumps({"weight_map": weight_map | {"x": "all.bin"}}))
+    with pytest.raises(ValueError, match=r"names \.safetensors files and others"):
+        files.respell(other, tmp_path / "out", FOLD)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_index_that_does_not_agree_with_its_files_is_refused(tmp_path: Path) -> None:

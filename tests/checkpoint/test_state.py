@@ -324,6 +324,11 @@ REFUSED = {
         },
         "there twice, as .* and in the other spelling",
     ),
+    "of torch before 1.0": (
+        {"fc.weight_orig": v, "fc.weight_u": vector, "fc.weight": v},
+        "torch before 1.0 wrote it, without a fc.weight_v; delete fc.weight_orig and fc.weight_u to keep fc.weight, ",
+    ),
+    "bar without u": ({"fc.weight_bar": v, "fc.weight_v": vector}, "fc.weight_bar, .* are not the parts of one norm"),
     "integers": ({"fc.weight_g": g, "fc.weight_v": v.char()}, "fc.weight_v is torch.int8; convert it"),
 }
 
@@ -352,6 +357,7 @@ def test_what_only_looks_like_parts_is_left_alone() -> None:
         "step_g": vector,
         "step_v": v,
         "_g": g,
+        "x.weight_bar": v,
     }
     state = {**pruned.state_dict(prefix="p."), **orthogonal.state_dict(prefix="o."), **other}
     folded = checkpoint.fold(state)
@@ -376,6 +382,27 @@ def test_wrong_arguments_are_refused() -> None:
         checkpoint.fold(state, dims={"weight": 0})
     with pytest.raises(TypeError, match="a list of names, not a str"):
         checkpoint.fold(state, skip="fc.weight")
+
+
+def test_the_bar_that_many_projects_write_is_a_spectral_norm() -> None:
+    w, u, v = torch.randn(4, 3, 2), torch.randn(4), torch.randn(6)
+    state = {"a.module.weight_bar": w, "a.module.weight_u": u, "a.module.weight_v": v, "a.module.bias": vector}
+    (row,) = checkpoint.report(state).rows
+    assert (row.name, row.norm, row.spelling, row.problem) == ("a.module.weight", "SpectralNorm", "bar", "")
+    by_hand = w / sigma_by_hand(w, u, v, 0)
+    torch.testing.assert_close(checkpoint.fold(state)["a.module.weight"], by_hand)
+    assert set(checkpoint.respell(state, "hook")) == {
+        f"a.module.{n}" for n in ("weight_orig", "weight_u", "weight_v", "bias")
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.spectral_norm. is deprecated:FutureWarning")
+def test_what_torch_before_1_wrote_folds_once_torch_has_read_and_saved_it() -> None:
+    w, u = torch.randn(4, 3), nn.functional.normalize(torch.randn(4), dim=0)
+    state = {"weight_orig": w, "weight_u": u, "weight": w / 2.5, "bias": vector}
+    model = nn.utils.spectral_norm(nn.Linear(3, 4))
+    model.load_state_dict(state)
+    torch.testing.assert_close(checkpoint.fold(model.state_dict())["weight"], w / 2.5)
 
 
 def test_gradients_are_not_recorded_and_meta_tensors_fold() -> None:

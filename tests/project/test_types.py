@@ -19,13 +19,29 @@ def marked() -> set[int]:
     return {number for number, line in lines if line.endswith("# error")}
 
 
-def test_mypy_in_strict_mode_refuses_what_is_to_be_refused_and_nothing_else(tmp_path: Path) -> None:
+def errors_of_mypy(file: Path, cache: Path) -> dict[int, str]:
+    """What it says in strict mode, by the line."""
     pytest.importorskip("mypy")
-    arguments = ["--strict", "--output", "json", "--config-file", "", "--cache-dir", tmp_path]
-    done = subprocess.run([sys.executable, "-m", "mypy", *arguments, FILE], cwd=ROOT, capture_output=True, text=True)
+    arguments = ["--strict", "--output", "json", "--config-file", "", "--cache-dir", cache]
+    done = subprocess.run([sys.executable, "-m", "mypy", *arguments, file], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
     errors = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    found = {error["line"]: error["message"] for error in errors if error["severity"] == "error"}
-    assert found.keys() == marked(), found or done.stderr
+    return {error["line"]: error["message"] for error in errors if error["severity"] == "error"}
+
+
+def test_mypy_in_strict_mode_refuses_what_is_to_be_refused_and_nothing_else(tmp_path: Path) -> None:
+    found = errors_of_mypy(FILE, tmp_path)
+    assert found.keys() == marked(), found
+
+
+TEN_LINES = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.mark.skipif("def __init__(self):" in TEN_LINES, reason="they have no annotations")
+def test_mypy_in_strict_mode_has_nothing_against_the_readmes_ten_lines(tmp_path: Path) -> None:
+    file = tmp_path / "ten_lines.py"
+    file.write_text(TEN_LINES)
+    assert errors_of_mypy(file, tmp_path) == {}
 
 
 @pytest.mark.skipif(shutil.which("pyright") is None, reason="needs pyright, and node for it")
