@@ -78,7 +78,15 @@ def recompute_recipe(module: nn.Module, recipe: Recipe) -> None:
         if _is_for_once(module, recipe):
             store_of(module).pop(recipe.name, None)  # whoever reads it computes it
         else:
-            refresh(module, recipe)
+            _tell(module, recipe, refresh(module, recipe))
+
+
+def _tell(module: nn.Module, recipe: Recipe, value: Tensor) -> None:
+    """Tells the blocks that run of a recompute; not of one for a functorch transform, or for a tracer."""
+    blocks = store_of(module).blocks
+    if blocks and not (_is_for_once(module, recipe) or torchscript.is_traced() or isinstance(value, torch.fx.Proxy)):
+        for block in tuple(blocks):
+            block.on_recompute(module, recipe, value)
 
 
 def advance_and_compute(module: nn.Module, recipe: Recipe) -> Tensor:
@@ -220,7 +228,9 @@ def run_inlined(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
     try:
         for straight in inlined:
             store.pop(straight.name, None)  # what a recompute from outside left
-            store.running[thread, straight.name] = straight.compute(self)
+            value = store.running[thread, straight.name] = straight.compute(self)
+            if store.blocks:
+                _tell(self, straight.recipe, value)
         return self._forward_of_base(*arguments, **keywords)
     finally:
         for straight in inlined:
