@@ -59,9 +59,8 @@ MAGNITUDES = [tenth / 10 for tenth in range(-10, 26)]
 
 def apart() -> Data:
     """One layer, of which every row is one position of the sliders."""
-    positions = torch.cartesian_prod(
-        *(torch.tensor(values, dtype=torch.float32) for values in (ANGLES, LENGTHS, MAGNITUDES))
-    )
+    sliders = [torch.tensor(values, dtype=torch.float32) for values in (ANGLES, LENGTHS, MAGNITUDES)]
+    positions = torch.cartesian_prod(*sliders)
     angle, length, magnitude = positions.unbind(dim=1)
     layer = WeightNorm().apply(nn.Linear(2, len(positions), bias=False))
     with torch.no_grad():

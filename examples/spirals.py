@@ -1,4 +1,4 @@
-"""Two long spirals in the plane, and a model that is to tell them apart: the problem of the walkthrough and the page."""
+"""Two long spirals, and a model that is to tell them apart: the problem of the walkthrough and of the playground."""
 
 import torch
 from torch import Tensor, nn
