@@ -2,7 +2,8 @@
 
 Run: python examples/spectral_gan.py
 
-It takes 20 seconds, on one core.
+On so small a problem both find the modes. Without the norm the weights stretch four times as much, the losses jump
+about, and the score is several times as steep. It takes 20 seconds on an idle core.
 """
 
 import argparse

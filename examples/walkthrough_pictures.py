@@ -1,5 +1,7 @@
 """The pictures of walkthrough.ipynb, each with a text for those who do not see it."""
 
+import base64
+import html
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +11,7 @@ from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 
 from explicit_wn.teaching import Steps
@@ -29,9 +32,12 @@ SHADES = LinearSegmentedColormap.from_list("arms", ["#6fb1d9", "white", "#eb9e66
 
 def show(figure: Figure, text: str) -> None:
     """Shows a figure; `text` is what a screen reader says, and what stands where no picture can."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=90, bbox_inches="tight")
-    seen = {"image/png": picture.getvalue(), "text/plain": text}
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=90, bbox_inches="tight")
+    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    picture = base64.b64encode(small.getvalue()).decode()
+    page = f'<img alt="{html.escape(text)}" src="data:image/png;base64,{picture}">'  # JupyterLab shows no other alt
+    seen = {"image/png": picture, "text/html": page, "text/plain": text}
     display(seen, metadata={"image/png": {"alt": text}}, raw=True)
 
 

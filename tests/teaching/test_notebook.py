@@ -106,15 +106,17 @@ def test_it_has_seven_plots_and_a_new_run_draws_them(stored: Notebook, executed:
     assert len(pictures_of(stored)) == len(pictures_of(executed)) == 7
     for drawn in (*pictures_of(stored), *pictures_of(executed)):
         pixels = image.imread(io.BytesIO(drawn))[..., :3]
-        assert len(np.unique((pixels * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 100
+        assert len(np.unique((pixels * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 20
 
 
 def test_every_picture_has_a_text_for_those_who_do_not_see_it(stored: Notebook) -> None:
-    outputs = [
-        output for cell in code_cells(stored) for output in cell.outputs if "image/png" in output.get("data", {})
-    ]
+    shown = [output for cell in code_cells(stored) for output in cell.outputs if "data" in output]
+    outputs = [output for output in shown if "image/png" in output.data]
     texts = [output.data["text/plain"] for output in outputs]
     assert [output.metadata["image/png"]["alt"] for output in outputs] == texts
+    for output, text in zip(outputs, texts, strict=True):  # JupyterLab shows this one, and its alt
+        source = f"data:image/png;base64,{''.join(output.data['image/png'].split())}"
+        assert output.data["text/html"] == f'<img alt="{text}" src="{source}">'
     assert len(set(texts)) == len(texts)
     assert min(map(len, texts)) > 50
 
