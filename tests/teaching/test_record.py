@@ -133,6 +133,7 @@ def test_a_weight_that_is_held_is_recorded_once() -> None:
         recompute_all(net)
     assert [one.step for one in recorded] == [0, 1] * 3
     assert all(one.gradient is None for one in recorded)
+    assert "weight" not in carrier.store_of(net.inlined), "no longer than a block holds it"
 
 
 def test_what_only_computes_is_not_a_recompute() -> None:

@@ -120,11 +120,12 @@ def test_given_the_gradient_of_the_weight_every_step_has_its_own(dim: int | None
     assert conv.weight_g.grad is conv.weight_v.grad is None
 
 
-def test_steps_with_gradients_leave_the_parameters_alone_and_show_a_column() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_steps_with_gradients_leave_the_parameters_alone_and_show_a_column(mode: Callable[[], Any]) -> None:
     layer = SpectralNorm().apply(nn.Linear(3, 2))
     seen: list[Tensor] = []
     layer.weight_orig.register_hook(seen.append)
-    with torch.no_grad():
+    with mode():
         shown = steps(layer, gradient=torch.ones(2, 3))
     assert seen == []
     assert shown["u"].gradient is None
