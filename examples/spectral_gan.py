@@ -1,6 +1,9 @@
-"""Train a small GAN on eight Gaussians in the plane, with SpectralNorm in its discriminator, and draw what came of it.
+"""Train a small GAN on eight Gaussians in the plane, with SpectralNorm in its discriminator and without, and draw both.
 
 Run: python examples/spectral_gan.py
+
+On so small a problem both find the modes. Without the norm the weights stretch four times as much, the losses jump
+about, and the score is several times as steep. It takes 20 seconds on an idle core.
 """
 
 import argparse
@@ -10,19 +13,33 @@ import time
 import warnings
 from pathlib import Path
 
+import attrs
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from explicit_wn import SpectralNorm
+from explicit_wn import SpectralNorm, fold
 
 # torch deprecated TorchScript. That is for you to weigh; here the warnings would only hide the results.
 warnings.filterwarnings("ignore", message=".torch.jit")
 
 MODES, RADIUS, SPREAD = 8, 2.0, 0.1
 """How many Gaussians stand on the circle, its radius, and their standard deviation."""
+
+BLUE, ORANGE, AMBER, INK = "#0072b2", "#d55e00", "#e69f00", "#2b2f36"
+"""Colours that the colour-blind can tell apart."""
+
+
+@attrs.frozen
+class Run:
+    """One GAN, trained."""
+
+    name: str
+    discriminator: "Discriminator"
+    losses: dict[str, list[float]]
+    samples: Tensor
 
 
 class Generator(nn.Module):
@@ -120,40 +137,40 @@ def spread(points: Tensor) -> float:
     return distance[distance <= 3 * SPREAD].square().mean().div(2).sqrt().item()
 
 
-def draw(losses: dict[str, list[float]], samples: Tensor, discriminator: nn.Module, path: Path) -> None:
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw_losses(left, losses)
-    draw_samples(right, samples, discriminator)
+def draw(runs: list[Run], path: Path) -> None:
+    figure = Figure(figsize=(11, 5 * len(runs)), layout="constrained")
+    for run, (left, right) in zip(runs, figure.subplots(len(runs), 2), strict=True):
+        draw_losses(left, run)
+        draw_samples(right, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def draw_losses(axes: Axes, losses: dict[str, list[float]]) -> None:
-    for (name, values), color in zip(losses.items(), ("tab:blue", "tab:orange"), strict=True):
+def draw_losses(axes: Axes, run: Run) -> None:
+    for (name, values), color, style in zip(run.losses.items(), (INK, AMBER), ("-", "--"), strict=True):
         window = max(1, len(values) // 60)
         smooth = torch.tensor(values).unfold(0, window, 1).mean(dim=1)
         axes.plot(values, color=color, alpha=0.15, linewidth=0.5)
-        axes.plot(range(window - 1, len(values)), smooth, color=color, label=name)
-    middle = sorted(value for values in losses.values() for value in values)
+        axes.plot(range(window - 1, len(values)), smooth, color=color, linestyle=style, label=name)
+    middle = sorted(value for values in run.losses.values() for value in values)
     low, high = middle[len(middle) // 500], middle[-1 - len(middle) // 500]
     axes.set_ylim(low - 0.1, high + 0.1)
-    axes.set(title=f"Hinge losses (mean of {window} steps)", xlabel="step", ylabel="loss")
+    axes.set(title=f"{run.name}: hinge losses (mean of {window} steps)", xlabel="step", ylabel="loss")
     axes.legend(loc="center right")
 
 
-def draw_samples(axes: Axes, samples: Tensor, discriminator: nn.Module) -> None:
-    limit = 1.6 * RADIUS
+def draw_samples(axes: Axes, run: Run) -> None:
+    samples, limit = run.samples, 1.6 * RADIUS
     line = torch.linspace(-limit, limit, 120)
     x, y = torch.meshgrid(line, line, indexing="xy")
     with torch.no_grad():
-        score = discriminator(torch.stack([x, y], dim=2).view(-1, 2)).view_as(x)
+        score = run.discriminator(torch.stack([x, y], dim=2).view(-1, 2)).view_as(x)
     low, high = score.min().item(), score.max().item()
     shading = axes.contourf(x, y, score, levels=20, cmap="Greys_r", vmin=2 * low - high, vmax=high)
     axes.figure.colorbar(shading, ax=axes, label="score of the discriminator", shrink=0.8)
     real = real_points(1000)
-    axes.scatter(*real.T, s=5, color="tab:green", alpha=0.6, linewidths=0, label="real")
-    axes.scatter(*samples[:1000].T, s=5, color="tab:red", alpha=0.6, linewidths=0, label="generated")
+    axes.scatter(*real.T, s=9, color=BLUE, marker="o", alpha=0.6, linewidths=0, label="real")
+    axes.scatter(*samples[:1000].T, s=9, color=ORANGE, marker="^", alpha=0.6, linewidths=0, label="generated")
     title = f"{covered(samples)} of {MODES} modes covered, {shares_of(samples).sum():.0%} of the samples at one"
     axes.set(title=title, aspect="equal", xlim=(-limit, limit), ylim=(-limit, limit))
     axes.legend(loc="upper right", markerscale=3)
@@ -187,6 +204,25 @@ def report(samples: Tensor) -> None:
     print(f"spread at a mode: {spread(samples):.3f}, of the real points {spread(real_points(4000)):.3f}")
 
 
+def run_of(name: str, generator: Generator, discriminator: Discriminator, steps: int) -> Run:
+    """Trains, and says what came of it."""
+    torch.manual_seed(1)
+    started = time.perf_counter()
+    losses = train(generator, discriminator, steps)
+    print(f"{name}: {steps} steps in {time.perf_counter() - started:.0f} s on one core")
+    discriminator.eval()
+    with torch.no_grad():
+        samples = fake_points(generator, 4000)
+    report(samples)
+
+    print(f"\nlargest singular value of each weight, by SVD, {name}")
+    for layer_name, layer in discriminator.named_children():
+        if isinstance(layer, nn.Linear):
+            print(f"  {layer_name:8} {torch.linalg.matrix_norm(layer.weight, 2):.4f}")
+    print()
+    return Run(name, discriminator, losses, samples)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--steps", type=int, default=2500)
@@ -196,22 +232,16 @@ def main() -> None:
     torch.set_num_threads(1)
 
     generator, discriminator = Generator(), Discriminator()
-    started = time.perf_counter()
-    losses = train(generator, discriminator, options.steps)
-    print(f"{options.steps} steps in {time.perf_counter() - started:.0f} s on one core")
+    folded = copy.deepcopy(discriminator)
+    fold(folded)  # the same weights to start with, and no norm from there on
+    runs = [
+        run_of("with SpectralNorm", copy.deepcopy(generator), discriminator, options.steps),
+        run_of("without", generator, folded, options.steps),
+    ]
 
-    discriminator.eval()
-    with torch.no_grad():
-        samples = fake_points(generator, 4000)
-    report(samples)
-
-    print("\nlargest singular value of each weight, by SVD")
-    for name, layer in discriminator.named_children():
-        if isinstance(layer, nn.Linear):
-            print(f"  {name:8} {torch.linalg.matrix_norm(layer.weight, 2):.4f}")
-
-    draw(losses, samples, discriminator, options.out)
-    print(f"\nlosses and samples drawn to {options.out}")
+    draw(runs, options.out)
+    print(f"losses and samples drawn to {options.out}")
+    discriminator, samples = runs[0].discriminator, runs[0].samples
 
     print("\nlargest difference to torch.jit.script of the discriminator")
     for what, value in compare_with_script(discriminator, samples).items():

@@ -22,7 +22,7 @@ from .models import (
 )
 from .norms import SpectralNorm, WeightNorm
 from .reparametrization import Reparametrization
-from .teaching import StaleWeightError, data_dependent_init, detect_stale, steps
+from .teaching import StaleWeightError, data_dependent_init, detect_stale, record, steps
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ __all__ = [
     "load_r",
     "normed",
     "recompute_all",
+    "record",
     "remove_spectral_norm",
     "remove_weight_norm",
     "report",

@@ -18,7 +18,7 @@ torch.set_num_threads(1)  # the tensors are small
 
 TAKES_LONG = re.compile(
     r"compile|export|process|ctrl_c|between_any_two|"
-    r"test_(graphs|without_torchscript|benchmark|notebook|orders|distributed|gpu|docs|\w*examples|real_models|tools|faults|stateful)\.py"
+    r"test_(graphs|playground|without_torchscript|benchmark|notebook|orders|distributed|gpu|docs|\w*examples|real_models|tools|faults|stateful)\.py"
 )
 """What `pytest -m quick` leaves out: compilers, other processes, interruption at every line, and whole programs."""
 

@@ -68,6 +68,11 @@ class Carrier(nn.Module):
                 raise _DoesNotFit
         store_of(self).clear()
 
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        for recipe in self._normed:
+            tell_lost_write(self, recipe)  # which the file will not have
+        super()._save_to_state_dict(*arguments)  # type: ignore[no-untyped-call]
+
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.__dict__["_normed_store"] = Store()

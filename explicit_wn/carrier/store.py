@@ -29,9 +29,12 @@ class Stored:
 
 @attrs.define(eq=False)
 class Block:
-    """One `cached` block: a switch that many stores share."""
+    """One `cached` block: a switch that many stores share. A `record` block holds nothing, and listens."""
 
     active: bool = False
+
+    def on_recompute(self, module: nn.Module, recipe: Any, value: Tensor) -> None:
+        """Called with each weight that is recomputed in the block, in eager mode."""
 
 
 class Store(dict[str, Stored]):
@@ -40,7 +43,7 @@ class Store(dict[str, Stored]):
     def __init__(self) -> None:
         super().__init__()
         self.blocks: dict[Block, None] = {}
-        """The `cached` blocks that run, in whatever thread. One step adds or drops one: no thread can come between,
+        """The blocks that run, in whatever thread. One step adds or drops one: no thread can come between,
         and a lock would wait for ever where the collector ends a block in the midst of another's beginning."""
         self.running: dict[tuple[int, str], Tensor] = {}
         """The inlined weights of the forwards that run now, by thread and name."""

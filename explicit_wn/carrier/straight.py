@@ -24,8 +24,8 @@ def recompute(module):
     if not is_ordinary():
         return carefully.recompute_recipe(module, recipe)
     store = module._normed_store
-    if store.blocks and store.held:
-        return carefully.recompute_recipe(module, recipe) if is_traced() else None
+    if store.blocks:
+        return None if store.held and not is_traced() else carefully.recompute_recipe(module, recipe)
     {find_parts}
     if {parts_are_unusual} or store.running:
         return carefully.recompute_recipe(module, recipe)

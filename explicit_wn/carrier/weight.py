@@ -94,7 +94,15 @@ def recompute_recipe(module: nn.Module, recipe: Recipe) -> None:
         forget(module, recipe)
         advance(module, recipe)
         if not _is_for_once(module, recipe):  # else whoever reads it computes it
-            refresh(module, recipe)
+            _show_to_blocks(module, recipe, refresh(module, recipe))
+
+
+def _show_to_blocks(module: nn.Module, recipe: Recipe, value: Tensor) -> None:
+    """Shows a recompute to the blocks that run; not one for a functorch transform or a tracer."""
+    blocks = store_of(module).blocks
+    if blocks and not (_is_for_once(module, recipe) or torchscript.is_traced() or isinstance(value, torch.fx.Proxy)):
+        for block in tuple(blocks):
+            block.on_recompute(module, recipe, value)
 
 
 def advance_and_compute(module: nn.Module, recipe: Recipe) -> Tensor:
@@ -246,7 +254,9 @@ def run_inlined(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
         for straight in inlined:
             if straight.name in store:  # what a recompute or a read from outside left
                 forget(self, straight.recipe)
-            store.running[thread, straight.name] = straight.compute(self)
+            value = store.running[thread, straight.name] = straight.compute(self)
+            if store.blocks:
+                _show_to_blocks(self, straight.recipe, value)
         return self._forward_of_base(*arguments, **keywords)
     finally:
         for straight in inlined:

@@ -23,9 +23,10 @@ def weight_norm_steps(
         norm = norm.clamp_min(eps)
         yield "n", "the length that is divided by", f"max(‖v‖, {eps})", norm
     length = "n" if eps > 0 else "‖v‖"
-    yield f"v/{length}", "the direction, of length 1", f"v / {length}", v / norm
+    direction = v / norm
+    yield f"v/{length}", "the direction, of length 1", f"v / {length}", direction
     yield "g", "the magnitude", f"parameter {name}_g", g
-    yield "w", "the weight", f"g · v/{length}", g * (v / norm)
+    yield "w", "the weight", f"g · v/{length}", g * direction
 
 
 def shape_of_g(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:

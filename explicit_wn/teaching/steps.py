@@ -1,6 +1,6 @@
 """The computation of a weight, step by step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -23,7 +23,9 @@ class Step:
     expression: str
     shape: tuple[int, ...]
     value: Tensor
-    """A copy, without gradient."""
+    """A copy, outside of any graph."""
+    gradient: Tensor | None = None
+    """That of a loss for this value, where `steps` was given the weight's and this value has a part in it."""
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -45,10 +47,15 @@ class Steps(Table):
 
     def cells(self) -> list[list[str]]:
         rows = [[s.symbol, s.meaning, s.expression, shape_shown(s.shape), _shown(s.value)] for s in self.records]
-        return [["symbol", "what it is", "expression", "shape", "value"], *rows]
+        table = [["symbol", "what it is", "expression", "shape", "value"], *rows]
+        gradients = [s.gradient for s in self.records]
+        if all(gradient is None for gradient in gradients):
+            return table
+        column = ["gradient", *("" if gradient is None else _shown(gradient) for gradient in gradients)]
+        return [[*row, cell] for row, cell in zip(table, column, strict=True)]
 
 
-def steps(module: nn.Module, name: str = "weight") -> Steps:
+def steps(module: nn.Module, name: str = "weight", gradient: Tensor | None = None) -> Steps:
     """How the weight `name` of `module` comes from its parts, step by step, as they are now; changes nothing.
 
     A norm of your own shows its parts and its weight; give its class a function `steps` to have it show more, as
@@ -57,6 +64,7 @@ def steps(module: nn.Module, name: str = "weight") -> Steps:
     Args:
         module: a module that carries a norm, or a model that holds one.
         name: the weight; within a model its qualified name, as in `normed(model)`.
+        gradient: the gradient of a loss for the weight. Then each step has its own as well, up to those of the parts.
 
     ```pycon
     >>> from explicit_wn import WeightNorm
@@ -78,6 +86,9 @@ def steps(module: nn.Module, name: str = "weight") -> Steps:
                                                                                0.0000  2.0000
     >>> steps(layer)["‖v‖"].shape
     (2, 1)
+    >>> steps(layer, gradient=torch.ones(2, 2))["v"].gradient  # at a right angle to v
+    tensor([[ 0.1600, -0.1200],
+            [ 1.0000,  0.0000]])
 
     ```
     """
@@ -92,11 +103,40 @@ def steps(module: nn.Module, name: str = "weight") -> Steps:
             f"no norm of explicit_wn makes {name!r} of this {kind}; the weights that one makes: {names}. "
             "WeightNorm().apply(module) norms a weight, and convert(model) takes over the norms of torch."
         )
-    return Steps(tuple(_step(*row) for row in _rows(*found[name])))
+    owner, recipe = found[name]
+    return steps_of(recipe, recipe.read(owner), lambda: recipe.compute(owner), gradient)
 
 
-def _rows(module: nn.Module, recipe: Recipe) -> Iterator[tuple[str, str, str, Tensor]]:
-    parts, explained = recipe.read(module), recipe.norm.steps
+def steps_of(
+    recipe: Recipe, parts: dict[str, Tensor], compute: Callable[[], Tensor], gradient: Tensor | None = None
+) -> Steps:
+    """The steps from `parts` to the weight, which `compute` gives where the norm has no steps of its own."""
+    if gradient is None:
+        return Steps(tuple(_step(*row) for row in _rows(recipe, parts, compute)))
+    with torch.inference_mode(False), torch.enable_grad():
+        buffers = recipe.norm.buffer_parts
+        leaves = {part: value.detach().clone().requires_grad_(part not in buffers) for part, value in parts.items()}
+        rows = list(_rows(recipe, leaves, lambda: recipe.formula(**leaves, **recipe.formula_options)))
+        gradients = _gradients([value for *_, value in rows], gradient)
+    return Steps(tuple(_step(*row, found) for row, found in zip(rows, gradients, strict=True)))
+
+
+def _gradients(values: list[Any], gradient: Tensor) -> list[Tensor | None]:
+    """The gradient of a loss for each of `values`, where it is `gradient` for the last, the weight."""
+    weight = values[-1]
+    if gradient.shape != weight.shape:
+        shapes = f"{shape_shown(tuple(weight.shape))}, not {shape_shown(tuple(gradient.shape))}"
+        raise ValueError(f"steps: the gradient of a weight has the shape of the weight, {shapes}.")
+    inputs = [value for value in values if getattr(value, "requires_grad", False)]
+    found = torch.autograd.grad(weight, inputs, gradient.detach().clone().to(weight), allow_unused=True)
+    of = {id(value): one for value, one in zip(inputs, found, strict=True)}
+    return [of.get(id(value)) for value in values]
+
+
+def _rows(
+    recipe: Recipe, parts: dict[str, Tensor], compute: Callable[[], Tensor]
+) -> Iterator[tuple[str, str, str, Tensor]]:
+    explained = recipe.norm.steps
     if explained is not None:
         yield from explained(**parts, **recipe.options_of(explained))
         return
@@ -104,12 +144,12 @@ def _rows(module: nn.Module, recipe: Recipe) -> Iterator[tuple[str, str, str, Te
         kind = "buffer" if part in recipe.norm.buffer_parts else "parameter"
         yield part, "a part of the weight", f"{kind} {recipe.attribute(part)}", value
     options = [f"{option}={value!r}" for option, value in recipe.formula_options.items()]
-    yield "w", "the weight", f"{recipe.formula.__name__}({', '.join([*parts, *options])})", recipe.compute(module)
+    yield "w", "the weight", f"{recipe.formula.__name__}({', '.join([*parts, *options])})", compute()
 
 
-def _step(symbol: str, meaning: str, expression: str, value: Any) -> Step:
+def _step(symbol: str, meaning: str, expression: str, value: Any, gradient: Tensor | None = None) -> Step:
     value = torch.as_tensor(value).detach().clone()
-    return Step(symbol, meaning, expression, tuple(value.shape), value)
+    return Step(symbol, meaning, expression, tuple(value.shape), value, gradient)
 
 
 _MOST = 6

@@ -36,6 +36,12 @@ def test_the_quickstart_learns_its_task(quickstart: str) -> None:
     assert float(found[1]) > 90
 
 
+def test_the_quickstart_shows_how_far_it_is(quickstart: str) -> None:
+    losses = re.findall(r"^step ([ \d]{3}) of 250: loss ([\d.]+)$", quickstart, re.MULTILINE)
+    assert [int(step) for step, _ in losses] == [50, 100, 150, 200, 250]
+    assert float(losses[-1][1]) < float(losses[0][1])
+
+
 def test_the_quickstart_gives_the_formulas_numbers_every_way_and_old_weights_would_show(quickstart: str) -> None:
     rows = differences(quickstart)
     stale = rows.pop("for scale: weights one step old")

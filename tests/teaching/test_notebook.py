@@ -6,6 +6,7 @@ Run as a program, this file executes the notebook in place and saves the plot fo
 import base64
 import io
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,14 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Notebook:
     notebook = read()
     for cell in code_cells(notebook):
         cell.outputs = []
-    return execute(notebook, tmp_path_factory.mktemp("walkthrough"))
+    folder = tmp_path_factory.mktemp("walkthrough")
+    for beside in ("walkthrough_pictures.py", "spirals.py"):
+        shutil.copy(NOTEBOOK.parent / beside, folder)
+    return execute(notebook, folder)
 
 
 def test_it_is_short_and_small(stored: Notebook) -> None:
-    assert len(stored.cells) <= 30
+    assert len(stored.cells) <= 36
     assert max(len(cell.source.splitlines()) for cell in stored.cells) <= 40
     assert max(len(line) for cell in code_cells(stored) for line in cell.source.splitlines()) <= 120
     assert NOTEBOOK.stat().st_size < 1_000_000
@@ -98,11 +102,27 @@ def test_its_outputs_are_those_of_a_new_run(stored: Notebook, executed: Notebook
         np.testing.assert_allclose(*numbers, rtol=1e-2, atol=tolerance, err_msg=before.source)
 
 
-def test_it_has_four_plots_and_a_new_run_draws_them(stored: Notebook, executed: Notebook) -> None:
-    assert len(pictures_of(stored)) == len(pictures_of(executed)) == 4
+def test_it_has_seven_plots_and_a_new_run_draws_them(stored: Notebook, executed: Notebook) -> None:
+    assert len(pictures_of(stored)) == len(pictures_of(executed)) == 7
     for drawn in (*pictures_of(stored), *pictures_of(executed)):
         pixels = image.imread(io.BytesIO(drawn))[..., :3]
-        assert len(np.unique((pixels * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 100
+        assert len(np.unique((pixels * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 20
+
+
+def test_every_picture_has_a_text_for_those_who_do_not_see_it(stored: Notebook) -> None:
+    shown = [output for cell in code_cells(stored) for output in cell.outputs if "data" in output]
+    outputs = [output for output in shown if "image/png" in output.data]
+    texts = [output.data["text/plain"] for output in outputs]
+    assert [output.metadata["image/png"]["alt"] for output in outputs] == texts
+    for output, text in zip(outputs, texts, strict=True):  # JupyterLab shows this one, and its alt
+        source = f"data:image/png;base64,{''.join(output.data['image/png'].split())}"
+        assert output.data["text/html"] == f'<img alt="{text}" src="{source}">'
+    assert len(set(texts)) == len(texts)
+    assert min(map(len, texts)) > 50
+
+
+def test_no_cell_draws_by_itself(stored: Notebook) -> None:
+    assert not any("matplotlib" in cell.source or "plt." in cell.source for cell in code_cells(stored))
 
 
 def test_the_picture_of_the_readme_is_a_plot_of_the_notebook(stored: Notebook) -> None:

@@ -104,6 +104,49 @@ def test_the_steps_of_weight_norm_compute_the_weight_of_now(dim: int | None) -> 
     assert len(shown) == 5
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_given_the_gradient_of_the_weight_every_step_has_its_own(dim: int | None) -> None:
+    conv = WeightNorm(dim=dim).apply(nn.Conv1d(3, 4, 2))
+    make_stale(conv)
+    gradient, others = torch.randn(4, 3, 2), [index for index in range(3) if index != dim]
+    shown = {step.symbol: step.gradient for step in steps(conv, gradient=gradient)}
+    g, v = conv.weight_g.detach(), conv.weight_v.detach()
+    length = v.square().sum(others, keepdim=dim is not None).sqrt()
+    of_g = (gradient * v / length).sum(others, keepdim=dim is not None)  # the paper's equation 3
+    of_v = g / length * gradient - g * of_g / length**2 * v
+    of_length = -(gradient * g * v / length**2).sum(others, keepdim=dim is not None)
+    expected = {"v": of_v, "‖v‖": of_length, "v/‖v‖": gradient * g, "g": of_g, "w": gradient}
+    for symbol, value in expected.items():
+        torch.testing.assert_close(shown[symbol], value, msg=symbol)
+    assert conv.weight_g.grad is conv.weight_v.grad is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_steps_with_gradients_leave_the_parameters_alone_and_show_a_column(mode: Callable[[], Any]) -> None:
+    layer = SpectralNorm().apply(nn.Linear(3, 2))
+    seen: list[Tensor] = []
+    layer.weight_orig.register_hook(seen.append)
+    with mode():
+        shown = steps(layer, gradient=torch.ones(2, 3))
+    assert seen == []
+    assert shown["u"].gradient is None
+    w0, (u, v) = layer.weight_orig.detach().clone().requires_grad_(), layer.buffers()
+    (w0 / (u @ w0 @ v)).sum().backward()
+    torch.testing.assert_close(shown["w₀"].gradient, w0.grad)
+    assert shown.cells()[0][-1] == "gradient"
+    assert steps(layer).cells()[0][-1] == "value"
+    with pytest.raises(ValueError, match="the gradient of a weight has the shape of the weight, 2×3, not 3×2"):
+        steps(layer, gradient=torch.ones(3, 2))
+
+
+def test_a_norm_without_steps_of_its_own_has_gradients_of_its_parts() -> None:
+    layer = Halves().apply(nn.Linear(3, 2))
+    shown = steps(layer, gradient=torch.ones(2, 3))
+    torch.testing.assert_close(shown["a"].gradient, torch.full((2, 3), 2.0))
+    assert shown["b"].gradient is None
+    assert steps(ExplainedHalves().apply(nn.Linear(3, 2)), gradient=torch.ones(2, 3))["s"].gradient is None
+
+
 def test_an_eps_is_a_step_of_its_own() -> None:
     fc = nn.Linear(3, 2)
     with torch.no_grad():
@@ -1202,6 +1245,6 @@ def test_after_an_error_the_stored_weights_are_fresh() -> None:
 
 
 def test_the_public_functions_have_signatures_that_read_well() -> None:
-    assert list(inspect.signature(steps).parameters) == ["module", "name"]
+    assert list(inspect.signature(steps).parameters) == ["module", "name", "gradient"]
     assert list(inspect.signature(detect_stale).parameters) == ["model"]
     assert list(inspect.signature(data_dependent_init).parameters) == ["model", "batch", "keywords"]
