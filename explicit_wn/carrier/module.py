@@ -71,7 +71,7 @@ class Carrier(nn.Module):
     def _save_to_state_dict(self, *arguments: Any) -> None:
         for recipe in self._normed:
             tell_lost_write(self, recipe)  # which the file will not have
-        super()._save_to_state_dict(*arguments)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(*arguments)
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]

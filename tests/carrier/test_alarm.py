@@ -330,6 +330,7 @@ ROUTES: dict[str, Callable[[Any], Any]] = {
     "pickle": pickle.dumps,
     "script": torch.jit.script,
     "fold": fold,
+    "state_dict": lambda model: model.state_dict(),
     "read again": lambda model: layer_of(model).weight if not isinstance(model, Net) else model(X),
     "inference": lambda model: torch.inference_mode()(model)(X),
     "cached": lambda model: cached(model).__enter__(),

@@ -426,14 +426,17 @@ def test_peft_trains_a_lora_beside_a_norm_and_merges_it_once_the_norm_is_folded(
     assert [type(layer) for layer in merged] == [nn.Linear, nn.Tanh, nn.Linear]
 
 
-@pytest.mark.skipif(not hasattr(explicit_wn, "LostWriteWarning"), reason="nothing notices yet what is written in vain")
 @pytest.mark.parametrize("safe", [True, False])
-def test_peft_that_merges_into_a_norm_is_told_to_fold_first(safe: bool) -> None:
+@pytest.mark.parametrize("saved", [False, True])
+def test_peft_that_merges_into_a_norm_is_told_to_fold_first(safe: bool, saved: bool) -> None:
     model = lora()
     base = lora_by_hand(model, alpha=0)
     merged = model.merge_and_unload(safe_merge=safe)
     with torch.no_grad(), pytest.warns(explicit_wn.LostWriteWarning, match=r"(?s)written into, .*fold\(model\)"):
-        torch.testing.assert_close(merged(OTHERS), base)
+        if saved:
+            assert sum(name.endswith("weight_g") for name in merged.state_dict()) == 2
+        else:
+            torch.testing.assert_close(merged(OTHERS), base)
 
 
 def test_peft_leaves_no_layer_for_a_recompute_from_outside() -> None:
