@@ -273,6 +273,11 @@ def by_swapping_rows(module: nn.Module) -> None:
         module.weight.data = module.weight.data.flip(0)
 
 
+def by_swapping_columns(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        module.weight.data = module.weight.data.flip(1)
+
+
 def loaded(form: str) -> Any:
     model = Net() if form == "apply" else nn.Sequential(WeightNorm().inline(nn.Linear(3, 2)))
     model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
@@ -300,7 +305,16 @@ def reading_twice(module: nn.Module) -> None:
         module.weight.data.copy_(torch.randn_like(module.weight) * 0.01)
 
 
-WRITES = [reading_twice, init_weights, with_init, with_reset, with_copy, by_setting_data, by_swapping_rows]
+WRITES = [
+    reading_twice,
+    init_weights,
+    with_init,
+    with_reset,
+    with_copy,
+    by_setting_data,
+    by_swapping_rows,
+    by_swapping_columns,
+]
 FORMS = ["apply", "inline", "spectral", "convert", "loaded apply", "loaded inline"]
 
 
@@ -352,6 +366,25 @@ def test_wherever_the_weight_goes_next_the_write_is_told(route: Callable[[Any], 
     with told(LostWriteWarning):
         route(model)
         route(model)
+
+
+def test_a_weight_of_one_number_is_watched_as_well() -> None:
+    model = WeightNorm().inline(nn.Linear(1, 1))
+    model.weight.data.add_(1)
+    with told(LostWriteWarning):
+        model(torch.ones(1, 1))
+
+
+def test_what_is_compiled_tells_of_its_own_weights_alone() -> None:
+    torch._dynamo.reset()
+    model, other = made_by("inline"), made_by("inline")
+    other.apply(init_weights)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    layer_of(model).weight.sum().item()  # handed out, and not written into
+    with told():
+        compiled(X)
+    with told(LostWriteWarning):
+        other(X)
 
 
 def test_a_write_between_two_forwards_is_told_where_a_counter_shows_it() -> None:
