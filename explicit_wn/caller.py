@@ -28,10 +28,9 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def running() -> list[nn.Module]:
-    """The modules whose methods are running, the outermost first; not what `torch.compile` wraps around them."""
+    """The modules whose methods are running, the outermost first, without what `torch.compile` wraps around them."""
     found = [frame.f_locals.get("self") for frame in callers()]
-    modules = [one for one in found if isinstance(one, nn.Module) and not type(one).__module__.startswith("torch._")]
-    return modules[::-1]
+    return [getattr(one, "_orig_mod", one) for one in found if isinstance(one, nn.Module)][::-1]
 
 
 def callers() -> Iterator[FrameType]:
