@@ -71,10 +71,12 @@ def is_only_looked_at() -> bool:
 def seal(module: nn.Module, value: Tensor) -> Tensor | None:
     """The sums of a weight along its rows and columns, by which a write into it is seen that no counter shows.
 
-    None for what is not handed out to be written into: torch's own code only reads.
+    None where it is not handed out to be written into: torch's own code only reads, and so does a forward.
     """
-    reader = next(callers()).f_globals.get("__name__", "")
-    if reader.startswith("torch."):
+    reader, *others = callers()
+    if reader.f_globals.get("__name__", "").startswith("torch."):
+        return None
+    if any(frame.f_code.co_name == "forward" for frame in (reader, *others)):
         return None
     handed_out.add(module)
     return _sums(value)

@@ -368,6 +368,28 @@ def test_wherever_the_weight_goes_next_the_write_is_told(route: Callable[[Any], 
         route(model)
 
 
+class Tied(nn.Module):
+    """As language models are: the weight of the embedding is that of the last layer as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = WeightNorm().inline(nn.Embedding(5, 3))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return nn.functional.linear(self.embedding(tokens), self.embedding.weight)
+
+
+def test_what_a_forward_reads_is_not_summed() -> None:
+    """It is read in every step, and on a GPU to compare sums is to wait."""
+    model = Tied()
+    model(torch.arange(3))
+    assert carrier.store_of(model.embedding)["weight"].seal is None
+    model.embedding.weight.data.mul_(2)
+    assert carrier.store_of(model.embedding)["weight"].seal is not None
+    with told(LostWriteWarning):
+        model(torch.arange(3))
+
+
 def test_a_weight_of_one_number_is_watched_as_well() -> None:
     model = WeightNorm().inline(nn.Linear(1, 1))
     model.weight.data.add_(1)
