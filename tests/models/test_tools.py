@@ -6,6 +6,7 @@ the same tool is run on both.
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
