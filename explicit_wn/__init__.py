@@ -19,18 +19,31 @@ from .models import (
     spectral_norm,
     weight_norm,
 )
-from .norms import SpectralNorm, WeightNorm
+from .norms import (
+    ForcedWeightNorm,
+    ScaledWeightNorm,
+    SigmaReparam,
+    SpectralNorm,
+    UnitNorm,
+    WeightNorm,
+    WeightStandardization,
+)
 from .reparametrization import Reparametrization
 from .teaching import StaleWeightError, data_dependent_init, detect_stale, steps
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ForcedWeightNorm",
     "ForeignNormWarning",
     "Reparametrization",
+    "ScaledWeightNorm",
+    "SigmaReparam",
     "SpectralNorm",
     "StaleWeightError",
+    "UnitNorm",
     "WeightNorm",
+    "WeightStandardization",
     "apply_all",
     "assign_all",
     "cached",

@@ -11,10 +11,12 @@ from . import carrier, refusals
 from .carrier import Recipe, all_or_nothing, recipe_for, store_of, values_or_nothing
 from .contexts.interface import WhatApplyReturns
 from .contexts.torchscript import is_scripted, is_scripting
+from .folded import Folded as Folded  # where pickles of folded models look for it
 from .layers import TRANSPOSED
 from .protocol import Norm
 from .refusals import Asked
 from .settings import Dim
+from .written import mistake_in_parts, mistake_in_weight
 
 Module = TypeVar("Module", bound=nn.Module)
 Self = TypeVar("Self", bound="Reparametrization")
@@ -163,11 +165,15 @@ class Reparametrization(Norm):
             self._check(module, norm.name, refusals.no_forward(module), "inline")
         with torch.no_grad():
             parts = norm.split(weight)
+        self._check(module, norm.name, mistake_in_parts(norm, parts), "norm")
         recipe = norm._recipe_for(tuple(parts), self.name, inlined)
         taken = [attribute for attribute in recipe.attributes if hasattr(module, attribute)]
         if taken:
             reason = f"the module has an attribute {taken[0]!r} already, which would be one of its parts; rename it"
             raise self._refusal(module, norm.name, reason)
+        if not type(self)._was_tried:
+            self._check(module, norm.name, mistake_in_weight(recipe.make, parts, weight), "norm")
+            type(self)._was_tried = True
         with all_or_nothing(module):
             del module._parameters[norm.name]
             for part, value in parts.items():
@@ -297,32 +303,3 @@ class Reparametrization(Norm):
     ) -> Exception:
         """The error of every refused call: who, what, of which class, why, and the way out."""
         return error(f"{self!r} cannot {verb} {name!r} of this {carrier.base_of(module).__name__}: {reason}.")
-
-
-class Folded(nn.Module):
-    """What `fold` leaves in the place of a norm: its `recompute` does nothing, so that the forward still runs."""
-
-    def __init__(self, norm: Reparametrization) -> None:
-        super().__init__()
-        self.ended = repr(norm)
-
-    def recompute(self, module: Any) -> None:
-        """Nothing: the weight is an ordinary Parameter."""
-
-    def call(self, module: Module) -> Module:
-        """The module, as it is."""
-        return module
-
-    def __call__(self, module: Module) -> Module:
-        return module
-
-    def apply(self, module: Any, name: str | None = None, dim: Dim = None) -> Any:
-        """`nn.Module.apply` of a function; there is no norm any more to apply to a module."""
-        if callable(module) and not isinstance(module, (nn.Module, type)):
-            return super().apply(module)
-        raise ValueError(f"{self!r} was ended by fold(model) and norms nothing any more; make a new norm object.")
-
-    inline = apply
-
-    def extra_repr(self) -> str:
-        return self.ended

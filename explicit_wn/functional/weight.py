@@ -83,6 +83,19 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     return _in_layout_of(v, torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim))
 
 
+def scaled_weight_norm(
+    v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0, clip: Optional[float] = None
+) -> Tensor:
+    """`v · min(g / max(‖v‖, eps), clip)`; without a `clip` that is `weight_norm`.
+
+    >>> scaled_weight_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0]]), clip=1.5)
+    tensor([[4.5000, 6.0000]])
+    """
+    if clip is None:
+        return weight_norm(v, g, dim, eps)
+    return v * (g / torch.norm_except_dim(v, 2, -1 if dim is None else dim).clamp_min(eps)).clamp_max(clip)
+
+
 def weight_norm_by_kernel(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Optional[Tensor]:
     """`weight_norm` in the ordinary case, which a small layer does not feel; None in any other.
 
