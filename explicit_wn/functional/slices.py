@@ -5,7 +5,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .weight import norm_except_dim, weight_norm
+from ..contexts.capture import is_captured
+from ..contexts.torchscript import is_scripting, is_traced
+from .weight import norm_except_dim, shape_of_g, weight_norm
 
 
 def unit_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> Tensor:
@@ -24,7 +26,23 @@ def forced_weight_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0, gain
     tensor([[1.2000, 1.6000]])
     """
     v = _kept(v)
-    return v * (gain / norm_except_dim(v, 2, dim).clamp_min(eps))
+    return v * (gain / _length(v, dim, eps))
+
+
+def unit_norm_by_kernel(v: Tensor, dim: Optional[int], eps: float) -> Optional[Tensor]:
+    """`unit_norm`, as below."""
+    return forced_weight_norm_by_kernel(v, dim, eps, 1.0)
+
+
+def forced_weight_norm_by_kernel(v: Tensor, dim: Optional[int], eps: float, gain: float) -> Optional[Tensor]:
+    """`forced_weight_norm` as the weight norm of a g that is the gain, whose gradient takes one pass over the weight.
+
+    None where `torch.jit.trace` records shapes.
+    """
+    if is_traced():
+        return None
+    shape = list(shape_of_g(v.shape, dim))
+    return weight_norm(_kept(v), v.new_full(shape, gain), dim, eps)
 
 
 def renorm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> None:
@@ -35,8 +53,9 @@ def renorm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> None:
     >>> v
     tensor([[0.6000, 0.8000]])
     """
-    v = v.detach()  # and not no_grad, which torch.jit.trace and torch.fx do not record
-    v.mul_(1.0 / norm_except_dim(v, 2, dim).clamp_min(eps))
+    with torch.no_grad():
+        v = v.detach()  # as well, since torch.jit.trace and torch.fx do not record no_grad
+        v.div_(_length(v, dim, eps))
 
 
 def force_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> None:
@@ -47,9 +66,10 @@ def force_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> None:
     >>> v.square().mean()
     tensor(1.0000)
     """
-    v = v.detach()
-    norm = norm_except_dim(v, 2, dim).clamp_min(eps)
-    v.mul_((v.numel() / norm.numel()) ** 0.5 / norm)
+    with torch.no_grad():
+        v = v.detach()  # as in `renorm`
+        norm = _length(v, dim, eps)
+        v.mul_((v.numel() / norm.numel()) ** 0.5 / norm)
 
 
 def weight_standardization(v: Tensor, gain: Tensor, dim: int = 0, eps: float = 0.0) -> Tensor:
@@ -63,6 +83,14 @@ def weight_standardization(v: Tensor, gain: Tensor, dim: int = 0, eps: float = 0
     return weight_norm(centered, gain * (v.numel() / gain.numel()) ** 0.5, dim, eps)
 
 
+def _length(v: Tensor, dim: Optional[int], eps: float) -> Tensor:
+    norm = norm_except_dim(v, 2, dim)
+    return norm.clamp_min(eps) if eps > 0.0 else norm
+
+
 def _kept(v: Tensor) -> Tensor:
     """A copy of `v` where a gradient may be taken after the next renorm has changed it in place."""
+    if not is_scripting() and isinstance(v, Tensor):  # noqa: SIM102 - TorchScript leaves out a branch, no half of one
+        if is_captured(v):
+            return v  # a graph renorms a copy and writes that back in the end
     return v.clone() if torch.is_grad_enabled() else v

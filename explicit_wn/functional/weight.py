@@ -93,7 +93,21 @@ def scaled_weight_norm(
     """
     if clip is None:
         return weight_norm(v, g, dim, eps)
-    return v * (g / torch.norm_except_dim(v, 2, -1 if dim is None else dim).clamp_min(eps)).clamp_max(clip)
+    norm = torch.norm_except_dim(v, 2, -1 if dim is None else dim)
+    return v * (g / (norm.clamp_min(eps) if eps > 0.0 else norm)).clamp_max(clip)
+
+
+def scaled_weight_norm_by_kernel(
+    v: Tensor, g: Tensor, dim: Optional[int], eps: float, clip: Optional[float]
+) -> Optional[Tensor]:
+    """`scaled_weight_norm` in the ordinary case: one norm, which torch takes as it is; None in any other."""
+    if clip is None:
+        return weight_norm_by_kernel(v, g, dim, eps)
+    if eps != 0.0 or is_traced() or v.numel() == 0:
+        return None
+    others = [other for other in range(v.dim()) if other != dim]
+    norm: Tensor = torch.linalg.vector_norm(v, 2, others, dim is not None)
+    return v * (g / norm).clamp_max(clip)
 
 
 def weight_norm_by_kernel(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Optional[Tensor]:
@@ -110,6 +124,11 @@ def weight_norm_by_kernel(v: Tensor, g: Tensor, dim: Optional[int], eps: float) 
     if of_v[dim] != length or 0 in of_v or (ndim >= 4 and not v.is_contiguous()):
         return None
     return torch._weight_norm(v, g, dim)
+
+
+def shape_of_g(shape: tuple[int, ...], dim: Optional[int]) -> tuple[int, ...]:
+    """The shape of the magnitude of a weight of that shape."""
+    return () if dim is None else tuple(n if d == dim else 1 for d, n in enumerate(shape))
 
 
 def _check_magnitude(v: Tensor, g: Tensor, dim: Optional[int]) -> None:

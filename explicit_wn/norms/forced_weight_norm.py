@@ -4,6 +4,7 @@ import attrs
 from torch import Tensor
 
 from .. import functional, settings
+from ..functional.slices import forced_weight_norm_by_kernel
 from .unit_norm import UnitNorm, other_length
 
 
@@ -43,6 +44,7 @@ class ForcedWeightNorm(UnitNorm):
     eps: float = attrs.field(default=0.0, validator=settings.eps)
 
     formula = staticmethod(functional.forced_weight_norm)
+    quick = staticmethod(forced_weight_norm_by_kernel)  # type: ignore[assignment]
     advance = staticmethod(functional.force_norm)
 
     def no_inverse(self, weight: Tensor) -> str | None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import settings
 from ..functional import scaled_weight_norm
+from ..functional.weight import scaled_weight_norm_by_kernel
 from .weight_norm import WeightNorm
 
 
@@ -38,6 +39,7 @@ class ScaledWeightNorm(WeightNorm):
     clip: float | None = attrs.field(default=None, kw_only=True, validator=attrs.validators.optional(settings.positive))
 
     formula = staticmethod(scaled_weight_norm)
+    quick = staticmethod(scaled_weight_norm_by_kernel)  # type: ignore[assignment]
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, settings
+from ..functional.slices import unit_norm_by_kernel
 from ..reparametrization import Reparametrization
 from .weight_norm import WeightNorm
 
@@ -43,6 +44,7 @@ class UnitNorm(Reparametrization):
     eps: float = attrs.field(default=0.0, validator=settings.eps)
 
     formula = staticmethod(functional.unit_norm)
+    quick = staticmethod(unit_norm_by_kernel)
     advance = staticmethod(functional.renorm)
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:

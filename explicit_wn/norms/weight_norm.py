@@ -28,11 +28,6 @@ def weight_norm_steps(
     yield "w", "the weight", f"g · v/{length}", g * (v / norm)
 
 
-def shape_of_g(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
-    """The shape of the magnitude of a weight of that shape."""
-    return () if dim is None else tuple(n if d == dim else 1 for d, n in enumerate(shape))
-
-
 @attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False)
 class WeightNorm(Reparametrization):
     """w = g · v / ‖v‖
