@@ -32,7 +32,8 @@ class Norm(nn.Module):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         cls._kind = cls.__name__
-        cls._was_read = cls._was_tried = False
+        cls._was_read = False
+        cls._was_tried = vars(cls).get("_was_tried", False)
 
     def __attrs_pre_init__(self) -> None:
         super().__init__()

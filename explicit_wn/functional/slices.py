@@ -5,8 +5,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..contexts.capture import is_captured
-from ..contexts.torchscript import is_scripting, is_traced
+from ..contexts.capture import capturing, is_captured
+from ..contexts.torchscript import is_scripting, is_traced, is_tracing
 from .weight import norm_except_dim, shape_of_g, weight_norm
 
 
@@ -53,9 +53,8 @@ def renorm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> None:
     >>> v
     tensor([[0.6000, 0.8000]])
     """
-    with torch.no_grad():
-        v = v.detach()  # as well, since torch.jit.trace and torch.fx do not record no_grad
-        v.div_(_length(v, dim, eps))
+    v = v.detach()
+    _multiply(v, 1.0 / _length(v, dim, eps))
 
 
 def force_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> None:
@@ -63,13 +62,12 @@ def force_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> None:
 
     >>> v = torch.tensor([[3.0, 4.0]])
     >>> force_norm(v)
-    >>> v.square().mean()
-    tensor(1.0000)
+    >>> v
+    tensor([[0.8485, 1.1314]])
     """
-    with torch.no_grad():
-        v = v.detach()  # as in `renorm`
-        norm = _length(v, dim, eps)
-        v.mul_((v.numel() / norm.numel()) ** 0.5 / norm)
+    v = v.detach()
+    norm = _length(v, dim, eps)
+    _multiply(v, (v.numel() / norm.numel()) ** 0.5 / norm)
 
 
 def weight_standardization(v: Tensor, gain: Tensor, dim: int = 0, eps: float = 0.0) -> Tensor:
@@ -88,9 +86,24 @@ def _length(v: Tensor, dim: Optional[int], eps: float) -> Tensor:
     return norm.clamp_min(eps) if eps > 0.0 else norm
 
 
+def _multiply(v: Tensor, factor: Tensor) -> None:
+    """`v`, which is detached, times `factor`, in place.
+
+    torch.compile does less work where that is under no_grad as well, and torch.export could then not save its graph.
+    """
+    if not is_scripting():  # noqa: SIM102 - TorchScript leaves out a branch, and no half of a condition
+        if capturing() and not torch.compiler.is_exporting():
+            with torch.no_grad():
+                v.mul_(factor)
+            return
+    v.mul_(factor)
+
+
 def _kept(v: Tensor) -> Tensor:
     """A copy of `v` where a gradient may be taken after the next renorm has changed it in place."""
-    if not is_scripting() and isinstance(v, Tensor):  # noqa: SIM102 - TorchScript leaves out a branch, no half of one
+    if not is_scripting() and isinstance(v, Tensor):
         if is_captured(v):
             return v  # a graph renorms a copy and writes that back in the end
+        if is_tracing():
+            return v.clone()  # a trace is used in both modes
     return v.clone() if torch.is_grad_enabled() else v

@@ -29,6 +29,7 @@ class ForcedWeightNorm(UnitNorm):
         gain: the length of each slice of the weight.
         eps: the smallest norm that is divided by; at 0 `apply` refuses a weight with a slice of zeros.
 
+    >>> import torch
     >>> fwn = ForcedWeightNorm(gain=2)
     >>> fc = fwn.apply(torch.nn.Linear(20, 40))
     >>> torch.allclose(fc.weight.norm(dim=1), torch.full((40,), 2.0))
