@@ -1,8 +1,8 @@
 """How fast the other norms are, as `recompute` in a forward and inlined, beside the same written as a parametrization.
 
-`python tests/benchmarks/norms.py` measures and prints the table of tests/README.md; `--norms` and `--models` choose.
-Each parametrization is what one writes who reads the paper. The spellings take turns, as in speed.py, and must compute
-the same before they are measured.
+`python tests/benchmarks/speed_of_norms.py` measures and prints the table of tests/README.md; its options choose. Each
+parametrization is what one writes who reads the paper. The spellings take turns, as in speed.py, and must compute the
+same before they are measured.
 """
 
 import argparse
@@ -123,13 +123,15 @@ def build(peer: Peer, model: str, spelling: str) -> tuple[nn.Module, Tensor]:
         if spelling == "inline":
             peer.ours().inline(layer)
         elif spelling == THEIRS:
-            parametrize.register_parametrization(layer, "weight", peer.theirs(layer.weight))
+            parametrize.register_parametrization(layer, "weight", peer.theirs(layer.weight).eval())
     with torch.no_grad():
         for name, tensor in [*built.named_parameters(), *built.named_buffers()]:
             if name.endswith(("_u", "_v")) and tensor.dim() == 1:
                 tensor.copy_(torch.ones_like(tensor) / tensor.numel() ** 0.5)  # ours begin at random
             elif not name.endswith("bias"):
-                tensor.mul_(1.1)
+                tensor.add_(
+                    0.2 * tensor.flatten().roll(1).view_as(tensor)
+                )  # another direction as well as another length
     generator = torch.Generator().manual_seed(1)
     return built, torch.randn(shape, generator=generator)
 
