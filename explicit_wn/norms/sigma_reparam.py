@@ -40,7 +40,7 @@ class SigmaReparam(SpectralNorm):
     >>> _ = sigma.assign(fc, 3 * torch.eye(40, 20))
     >>> fc.weight_g
     Parameter containing:
-    tensor(3., requires_grad=True)
+    tensor([3.], requires_grad=True)
     """
 
     formula = staticmethod(functional.sigma_reparam)  # type: ignore[assignment]
@@ -49,12 +49,15 @@ class SigmaReparam(SpectralNorm):
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:
         """What `SpectralNorm` makes of it, and a γ of 1."""
-        return {**super().split(weight), "g": weight.detach().new_ones(())}
+        return {
+            **super().split(weight),
+            "g": weight.detach().new_ones(1),
+        }  # fully_shard takes no parameter without a dim
 
     def inverse(self, weight: Tensor) -> dict[str, Tensor]:
         """The weight itself, its exact singular vectors, and its largest singular value."""
         sigma = torch.linalg.matrix_norm(self._matrix(weight).double(), 2)
-        return {**super().inverse(weight), "g": sigma.to(weight.dtype)}
+        return {**super().inverse(weight), "g": sigma.to(weight.dtype).reshape(1)}
 
     def no_inverse(self, weight: Tensor) -> str | None:
         """Refuses a weight that is not finite; γ can be the largest singular value of any other."""

@@ -119,11 +119,11 @@ def build(peer: Peer, model: str, spelling: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     make, count, shape = MODELS[model]
     built = Explicit(make, count, peer.ours()) if spelling == "recompute" else Chain(make, count, 0)
-    for layer in built.layers:
+    for layer in built.eval().layers:  # a parametrization computes its weight at once, and would renorm v already
         if spelling == "inline":
             peer.ours().inline(layer)
         elif spelling == THEIRS:
-            parametrize.register_parametrization(layer, "weight", peer.theirs(layer.weight).eval())
+            parametrize.register_parametrization(layer, "weight", peer.theirs(layer.weight))
     with torch.no_grad():
         for name, tensor in [*built.named_parameters(), *built.named_buffers()]:
             if name.endswith(("_u", "_v")) and tensor.dim() == 1:
