@@ -64,6 +64,7 @@ class Reparametrization(Norm):
     ['weight_mask']
 
     `advance` changes parts in place before a recompute in training mode; it takes those that it names, and settings.
+    Where it changes a parameter `v` of which the gradient is made, the formula takes `functional.kept(v)` for it.
 
     >>> @norm
     ... class Clipped(Reparametrization):

@@ -71,7 +71,7 @@ _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 
 
 @functools.cache
-def _kept_copy() -> Formula:
+def kept_copy() -> Formula:
     """A copy that the backward of a compiled graph keeps, where it would make a `clone` again.
 
     It would make it from a buffer that the forward has changed in place meanwhile, and get another gradient
@@ -88,6 +88,7 @@ def _kept_copy() -> Formula:
 
     torch.library.register_fake(name, torch.empty_like, lib=_library)
     torch.library.register_vmap(name, _vmap, lib=_library)
+    torch.library.register_autograd(name, lambda ctx, gradient: gradient, lib=_library)
     return copy
 
 
@@ -133,13 +134,13 @@ def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
         made = _traces.setdefault(trace.tracer, {})
         if key not in made or made[key][0] != state:
             if torch.is_grad_enabled() and not torch.compiler.is_exporting():
-                arguments |= {name: _kept_copy()(arguments[name]) for name in changing if name in arguments}
+                arguments |= {name: kept_copy()(arguments[name]) for name in changing if name in arguments}
             made[key] = state, formula(**arguments), tensors  # the tensors are kept, so that no id is used again
         result: Tensor = made[key][1]
         return result
 
     if changing:
-        _kept_copy()  # registered now, which takes milliseconds, and not while a graph is captured
+        kept_copy()  # registered now, which takes milliseconds, and not while a graph is captured
     _once[formula, changing] = computed_once
     return computed_once
 

@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..contexts.capture import capturing, is_captured
+from ..contexts.capture import capturing, is_captured, kept_copy
 from ..contexts.torchscript import is_scripting, is_traced, is_tracing
 from .weight import norm_except_dim, shape_of_g, weight_norm
 
@@ -25,7 +25,7 @@ def forced_weight_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0, gain
     >>> forced_weight_norm(torch.tensor([[3.0, 4.0]]), gain=2.0)
     tensor([[1.2000, 1.6000]])
     """
-    v = _kept(v)
+    v = kept(v)
     return v * (gain / _length(v, dim, eps))
 
 
@@ -42,7 +42,7 @@ def forced_weight_norm_by_kernel(v: Tensor, dim: Optional[int], eps: float, gain
     if is_traced():
         return None
     shape = list(shape_of_g(v.shape, dim))
-    return weight_norm(_kept(v), v.new_full(shape, gain), dim, eps)
+    return weight_norm(kept(v), v.new_full(shape, gain), dim, eps)
 
 
 def renorm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> None:
@@ -99,11 +99,15 @@ def _multiply(v: Tensor, factor: Tensor) -> None:
     v.mul_(factor)
 
 
-def _kept(v: Tensor) -> Tensor:
-    """A copy of `v` where a gradient may be taken after the next renorm has changed it in place."""
+def kept(v: Tensor) -> Tensor:
+    """A copy of `v` where a gradient may be taken after `v` was changed in place, as by the next renorm.
+
+    The formula of a norm whose `advance` changes a parameter computes with the copy.
+    """
     if not is_scripting() and isinstance(v, Tensor):
         if is_captured(v):
-            return v  # a graph renorms a copy and writes that back in the end
+            exact = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+            return kept_copy()(v) if exact else v
         if is_tracing():
             return v.clone()  # a trace is used in both modes
     return v.clone() if torch.is_grad_enabled() else v

@@ -1,6 +1,7 @@
 """The norms beside WeightNorm and SpectralNorm: their numbers, gradients, verbs, and what renorms v."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -289,6 +290,7 @@ CONTEXTS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "export": lambda model, x: torch.export.export(model, (x,)).module(),
     "strict_export": lambda model, x: torch.export.export(model, (x,), strict=True).module(),
     "compile": lambda model, x: torch.compile(model, backend="aot_eager", fullgraph=True),
+    "compile_with_inductor": lambda model, x: torch.compile(model, fullgraph=True),
     "fx": lambda model, x: torch.fx.symbolic_trace(model),
 }
 
@@ -298,11 +300,13 @@ CONTEXTS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 def test_a_training_step_has_the_gradients_of_the_formula_in_every_context_and_renorms_v(
     kind: str, context: str
 ) -> None:
-    norm, x = OTHERS[kind], torch.randn(2, 4)
+    if "inductor" in context and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("inductor needs a C++ compiler")
+    norm, inputs = OTHERS[kind], 64  # so many that inductor computes some of the forward again for the backward
     torch.compiler.reset()
-    model = nn.Sequential(norm.make().inline(nn.Linear(4, 3)))
+    x, model = torch.randn(2, inputs), nn.Sequential(norm.make().inline(nn.Linear(inputs, 48)))
     run = CONTEXTS[context](model, x)
-    owner = model if context == "compile" else run
+    owner = model if "compile" in context else run
     tensors = {name: t for name, t in [*owner.named_parameters(), *owner.named_buffers()] if "weight_" in name}
     parts = {name.rpartition("weight_")[2]: tensor for name, tensor in tensors.items()}
     trained = [part for part in norm.parts if part not in norm.buffers]
@@ -318,10 +322,10 @@ def test_a_training_step_has_the_gradients_of_the_formula_in_every_context_and_r
         leaves = {part: value.detach().double().requires_grad_() for part, value in parts.items()}
         expected = nn.functional.linear(x.double(), norm.weight(**leaves, dim=0), bias)
         expected.square().sum().backward()
-        torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output, expected.float(), rtol=1e-4, atol=1e-4)
         for part in trained:
             assert leaves[part].grad is not None
-            torch.testing.assert_close(parts[part].grad, leaves[part].grad.float(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(parts[part].grad, leaves[part].grad.float(), rtol=1e-4, atol=1e-3)
         if kind in RENORMED:
             v = parts["v"]
             torch.testing.assert_close(length(v, 0), wanted_length(kind, v))
