@@ -12,8 +12,6 @@ import attrs
 import torch
 from torch import Tensor
 
-from .carrier.store import versions
-
 FUNCTIONS = ("formula", "advance", "quick", "steps")
 _UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -131,12 +129,11 @@ def mistake_in_parts(norm: Any, parts: Any) -> str | None:
 
 def mistake_in_weight(make: Callable[[dict[str, Tensor]], Any], parts: dict[str, Tensor], weight: Tensor) -> str | None:
     """Why the formula does not `make` a weight of `parts`, tried on copies of them; None if it does."""
-    copies = {name: part.detach().clone() for name, part in parts.items()}
-    before = versions(tuple(copies.values()))
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # what inference mode makes has no version
+        copies = {name: part.detach().clone() for name, part in parts.items()}
         made = make(copies)
-    for name, old, new in zip(copies, before, versions(tuple(copies.values())), strict=True):
-        if old != new:
+    for name, copy in copies.items():
+        if copy._version > 0:
             return f"its formula changes {name!r} in place; compute a new tensor, or change it in advance"
     if not isinstance(made, Tensor) or made.shape != weight.shape:
         got = f"the shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
