@@ -131,9 +131,10 @@ def mistake_in_weight(make: Callable[[dict[str, Tensor]], Any], parts: dict[str,
     """Why the formula does not `make` a weight of `parts`, tried on copies of them; None if it does."""
     with torch.inference_mode(False), torch.no_grad():  # what inference mode makes has no version
         copies = {name: part.detach().clone() for name, part in parts.items()}
+        before = [copy._version for copy in copies.values()]
         made = make(copies)
-    for name, copy in copies.items():
-        if copy._version > 0:
+    for (name, copy), version in zip(copies.items(), before, strict=True):
+        if copy._version != version:
             return f"its formula changes {name!r} in place; compute a new tensor, or change it in advance"
     if not isinstance(made, Tensor) or made.shape != weight.shape:
         got = f"the shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"

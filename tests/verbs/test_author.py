@@ -27,6 +27,8 @@ def written(**members: Any) -> Any:
 
 
 def test_the_one_that_is_right_is_right() -> None:
+    with torch.inference_mode():
+        written()().apply(nn.Linear(2, 3))
     layer = nn.Linear(2, 3)
     weight = layer.weight.detach().clone()
     written()().apply(layer)
@@ -84,14 +86,18 @@ APPLIED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("members", "sentence"), APPLIED.values(), ids=APPLIED)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
 @pytest.mark.parametrize("verb", ["apply", "inline"])
 def test_what_it_does_wrong_is_said_at_the_first_apply_and_changes_nothing(
-    members: dict[str, Any], sentence: str, verb: str
+    members: dict[str, Any], sentence: str, verb: str, mode: Any
 ) -> None:
     mine, layer = written(**members)(), nn.Linear(2, 3)
     before = layer.weight.detach().clone()
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"Mine\('weight'\) cannot norm 'weight' of this Linear: {sentence}"):
+        with (
+            mode(),
+            pytest.raises(ValueError, match=rf"Mine\('weight'\) cannot norm 'weight' of this Linear: {sentence}"),
+        ):
             getattr(mine, verb)(layer)
         assert type(layer) is nn.Linear
         assert torch.equal(layer.weight, before)
