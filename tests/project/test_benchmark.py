@@ -111,7 +111,7 @@ def test_memory_is_that_of_the_step() -> None:
         assert speed.bytes_held(step, "cpu") == held * 4 << 20  # what is freed in a step, and what two of them keep
 
 
-@pytest.mark.filterwarnings("ignore:layers.0.weight of this Explicit is stale")
+@pytest.mark.filterwarnings("ignore:.*layers.[0-9].weight of this Explicit is stale")
 @pytest.mark.parametrize("norm", speed_of_norms.NORMS)
 @pytest.mark.parametrize("mode", ["eager inference", "eager training"])
 def test_each_norm_is_measured_beside_a_parametrization_that_computes_the_same(
