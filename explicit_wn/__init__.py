@@ -20,20 +20,33 @@ from .models import (
     spectral_norm,
     weight_norm,
 )
-from .norms import SpectralNorm, WeightNorm
+from .norms import (
+    ForcedWeightNorm,
+    ScaledWeightNorm,
+    SigmaReparam,
+    SpectralNorm,
+    UnitNorm,
+    WeightNorm,
+    WeightStandardization,
+)
 from .reparametrization import Reparametrization
 from .teaching import StaleWeightError, data_dependent_init, detect_stale, record, steps
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ForcedWeightNorm",
     "ForeignNormWarning",
     "LostWriteWarning",
     "Reparametrization",
+    "ScaledWeightNorm",
+    "SigmaReparam",
     "SpectralNorm",
     "StaleWeightError",
     "StaleWeightWarning",
+    "UnitNorm",
     "WeightNorm",
+    "WeightStandardization",
     "apply_all",
     "assign_all",
     "cached",

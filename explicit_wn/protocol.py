@@ -1,6 +1,5 @@
 """A norm by itself: its settings, what its author defines, and how it shows. No module is involved yet."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from . import refusals, settings
 from .refusals import Asked
+from .written import Written, mistake
 
 Self = TypeVar("Self", bound="Norm")
 
@@ -21,21 +21,26 @@ class Norm(nn.Module):
     advance: ClassVar[Callable[..., None] | None] = None
     quick: ClassVar[Callable[..., Tensor | None] | None] = None
     steps: ClassVar[Callable[..., Iterable[tuple[str, str, str, Tensor]]] | None] = None
-    buffer_parts: ClassVar[tuple[str, ...]] = ()
+    buffer_parts: tuple[str, ...] = ()
     spellings: ClassVar[dict[str, str]] = {}
     default_dim: ClassVar[settings.Dim] = None
     _kind: ClassVar[str]
+    _was_read: ClassVar[bool]
+    _was_tried: ClassVar[bool]
     __constants__ = ["_kind"]  # for TorchScript, which compiles `_label`
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         cls._kind = cls.__name__
+        cls._was_read = False
+        cls._was_tried = vars(cls).get("_was_tried", False)
 
     def __attrs_pre_init__(self) -> None:
         super().__init__()
 
     def __attrs_post_init__(self) -> None:
         """Checks what is known before there is a module; attrs has run the validators of the other settings."""
+        self._read_class()
         name = self.name
         if isinstance(name, nn.Module):  # as torch's functions take them
             raise TypeError(
@@ -55,7 +60,9 @@ class Norm(nn.Module):
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:
         """The parts of `weight`. The one that is `weight` itself keeps the Parameter."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{self._kind}: it has no split; write one that returns the parts of a weight by name."
+        )
 
     def inverse(self, weight: Tensor) -> dict[str, Tensor]:
         """The parts that make `weight`."""
@@ -76,8 +83,7 @@ class Norm(nn.Module):
     @classmethod
     def _part_names(cls) -> set[str]:
         """What the formula takes that is no setting."""
-        settings = {field.name for field in attrs.fields(cls)}  # type: ignore[arg-type]
-        return set(inspect.signature(cls.formula).parameters) - settings
+        return set(Written(cls).parts)
 
     # What `dim` may be
 
@@ -124,6 +130,15 @@ class Norm(nn.Module):
             foreign = f"{prefix}parametrizations.{self.name}.{spelling}"
             if foreign in state_dict:
                 state_dict[f"{prefix}{self.name}_{part}"] = state_dict.pop(foreign)
+
+    def _read_class(self) -> None:
+        """Refuses a class whose author made a mistake, when the first object is made of it."""
+        cls = type(self)
+        if not cls._was_read:
+            wrong = mistake(cls)
+            if wrong:
+                raise TypeError(f"{cls.__name__}: {wrong}.")
+            cls._was_read = True
 
     def _check_class(self) -> None:
         cls = type(self)

@@ -11,10 +11,12 @@ from . import carrier, refusals
 from .carrier import Recipe, all_or_nothing, recipe_for, store_of, values_or_nothing
 from .contexts.interface import WhatApplyReturns
 from .contexts.torchscript import is_scripted, is_scripting
+from .folded import Folded as Folded  # where pickles of folded models look for it
 from .layers import TRANSPOSED
 from .protocol import Norm
 from .refusals import Asked
 from .settings import Dim
+from .written import mistake_in_parts, mistake_in_weight
 
 Module = TypeVar("Module", bound=nn.Module)
 Self = TypeVar("Self", bound="Reparametrization")
@@ -26,26 +28,15 @@ _NONE: dict[str, Callable[[nn.Module], None]] = {}
 class Reparametrization(Norm):
     """An object that makes a weight out of parts, when it is called.
 
-    A subclass is an attrs class, decorated as below (so that attrs leaves what is nn.Module's to it), that defines
+    A norm of one's own is an attrs class, decorated as below (so that attrs leaves what is nn.Module's to it). It has
 
-    - its settings, as fields: `name`, and whatever its formula takes; `dim`, of the type `settings.Dim`, may be an int,
-      `"out"`, `"whole"` or None, and reaches the formula as an int or None;
-    - `formula`: the weight from the parts and the settings, which it takes by their names. TorchScript compiles it;
-    - `split`: the parts from a weight, by the formula's names for them;
-    - `buffer_parts`: which of them are buffers; the others are parameters;
-    - `advance`, if recomputing in training mode changes the parts first: a function like `formula`, in place;
-    - `quick`, if there is a faster way to the same in the ordinary case: like `formula`; None where it is not ordinary;
-    - `steps`, if the computation is worth showing: a function like `formula` that yields its steps;
-    - `objection`, if there are weights that it refuses; `explicit_wn.settings` has validators for the settings;
-    - `default_dim`, which `dim=None` stands for: None itself if the formula takes that for the whole tensor;
-    - `inverse`, if `split` does not give the parts that make exactly that weight; `no_inverse`, if none do;
-    - `spellings`, if torch knows these parts under other names in a parametrized module's `state_dict`.
+    - its settings, as fields: `name`, and whatever its functions take; `explicit_wn.settings` has validators for them;
+    - `formula`: the weight from the parts and the settings, which it takes by their names, and leaves as they are.
+      TorchScript compiles it;
+    - `split`: the parts from a weight, by the formula's names for them.
 
-    Guarantees: the parts stay in `parameters()`, `buffers()` and the `state_dict`, the weight is in none of them; the
-    original Parameter object stays the part that `split` returns it as; a call that fails changes nothing; no hook is
-    registered on any module.
-
-    >>> @attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False)
+    >>> norm = attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False)
+    >>> @norm
     ... class Exponential(Reparametrization):
     ...     name: str = "weight"
     ...     formula = staticmethod(lambda log: log.exp())
@@ -58,6 +49,60 @@ class Reparametrization(Norm):
     Linear(in_features=2, out_features=3, bias=True, weight=Exponential())
     >>> [name for name, _ in layer.named_parameters()]
     ['bias', 'weight_log']
+
+    The rest is there where a norm needs it. `buffer_parts` are the parts that are buffers; the others are parameters.
+
+    >>> @norm
+    ... class Sparse(Reparametrization):
+    ...     name: str = "weight"
+    ...     buffer_parts = ("mask",)
+    ...     formula = staticmethod(lambda v, mask: v * mask)
+    ...
+    ...     def split(self, weight):
+    ...         return {"v": weight, "mask": (weight > 0).to(weight.dtype)}
+    >>> [name for name, _ in Sparse().apply(nn.Linear(2, 3)).named_buffers()]
+    ['weight_mask']
+
+    `advance` changes parts in place before a recompute in training mode; it takes those that it names, and settings.
+    Where it changes a parameter `v` of which the gradient is made, the formula takes `functional.kept(v)` for it.
+
+    >>> @norm
+    ... class Clipped(Reparametrization):
+    ...     name: str = "weight"
+    ...     limit: float = 0.01
+    ...     formula = staticmethod(lambda v: 1 * v)
+    ...     advance = staticmethod(lambda v, limit: v.detach().clamp_(-limit, limit))
+    ...
+    ...     def split(self, weight):
+    ...         return {"v": weight}
+    >>> layer = Clipped().apply(nn.Linear(2, 3))
+    >>> Clipped().call(layer).weight.abs().max()
+    tensor(0.0100, grad_fn=<MaxBackward1>)
+
+    A field `dim`, of the type `settings.Dim`, may be an int, `"out"`, `"whole"` or None, and reaches the functions as
+    an int or None. `default_dim` is what `dim=None` stands for: None itself, if the formula takes that for the whole
+    tensor.
+
+    >>> @norm
+    ... class Contrast(Reparametrization):  # the outputs of a layer sum to nothing
+    ...     name: str = "weight"
+    ...     dim: Dim = None
+    ...     default_dim = "out"
+    ...     formula = staticmethod(lambda v, dim: v - v.mean(dim, keepdim=True))
+    ...
+    ...     def split(self, weight):
+    ...         return {"v": weight}
+    >>> Contrast().apply(nn.ConvTranspose1d(3, 2, 4))
+    ConvTranspose1d(3, 2, kernel_size=(4,), stride=(1,), weight=Contrast(dim=1))
+
+    And: `objection`, for weights that it refuses; `inverse`, if `split` does not give the parts that make exactly that
+    weight, and `no_inverse`, if none do; `steps`, like `formula`, yields its steps; `quick`, like `formula`, is a
+    faster way in the ordinary case, and gives None in any other; `spellings` are torch's names for the parts in the
+    `state_dict` of a parametrized module. A mistake in a class is refused when the first object is made or applied.
+
+    Guarantees: the parts stay in `parameters()`, `buffers()` and the `state_dict`, the weight is in none of them; the
+    original Parameter object stays the part that `split` returns it as; a call that fails changes nothing; no hook is
+    registered on any module.
     """
 
     # The verbs
@@ -163,11 +208,15 @@ class Reparametrization(Norm):
             self._check(module, norm.name, refusals.no_forward(module), "inline")
         with torch.no_grad():
             parts = norm.split(weight)
+        self._check(module, norm.name, mistake_in_parts(norm, parts), "norm")
         recipe = norm._recipe_for(tuple(parts), self.name, inlined)
         taken = [attribute for attribute in recipe.attributes if hasattr(module, attribute)]
         if taken:
             reason = f"the module has an attribute {taken[0]!r} already, which would be one of its parts; rename it"
             raise self._refusal(module, norm.name, reason)
+        if not type(self)._was_tried:
+            self._check(module, norm.name, mistake_in_weight(recipe.make, parts, weight), "norm")
+            type(self)._was_tried = True
         with all_or_nothing(module):
             del module._parameters[norm.name]
             for part, value in parts.items():
@@ -297,32 +346,3 @@ class Reparametrization(Norm):
     ) -> Exception:
         """The error of every refused call: who, what, of which class, why, and the way out."""
         return error(f"{self!r} cannot {verb} {name!r} of this {carrier.base_of(module).__name__}: {reason}.")
-
-
-class Folded(nn.Module):
-    """What `fold` leaves in the place of a norm: its `recompute` does nothing, so that the forward still runs."""
-
-    def __init__(self, norm: Reparametrization) -> None:
-        super().__init__()
-        self.ended = repr(norm)
-
-    def recompute(self, module: Any) -> None:
-        """Nothing: the weight is an ordinary Parameter."""
-
-    def call(self, module: Module) -> Module:
-        """The module, as it is."""
-        return module
-
-    def __call__(self, module: Module) -> Module:
-        return module
-
-    def apply(self, module: Any, name: str | None = None, dim: Dim = None) -> Any:
-        """`nn.Module.apply` of a function; there is no norm any more to apply to a module."""
-        if callable(module) and not isinstance(module, (nn.Module, type)):
-            return super().apply(module)
-        raise ValueError(f"{self!r} was ended by fold(model) and norms nothing any more; make a new norm object.")
-
-    inline = apply
-
-    def extra_repr(self) -> str:
-        return self.ended

@@ -62,6 +62,21 @@ def positive_eps(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
         raise refusal(norm, field.name, value, wanted)
 
 
+def positive(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
+    """A number above 0."""
+    wanted = "a finite number above 0"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise refusal(norm, field.name, value, wanted, TypeError)
+    if not 0 < value < math.inf:
+        raise refusal(norm, field.name, value, wanted)
+
+
+def a_bool(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise refusal(norm, field.name, value, "True or False", TypeError)
+
+
 def _check_eps(norm: Any, field: "attrs.Attribute[Any]", value: Any, wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise refusal(norm, field.name, value, wanted, TypeError)

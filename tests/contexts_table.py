@@ -5,6 +5,7 @@ context, and compares the answer with a plain model whose weights are computed h
 parts in the context itself, where they are still there, and compares once more. Warnings count.
 """
 
+import argparse
 import copy
 import io
 import warnings
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.utils.checkpoint
+from by_hand import NORMS, OTHERS, ByHand
 from torch import Tensor, nn
 from torch.nn.utils import weight_norm as hook
 from torch.nn.utils.parametrizations import weight_norm as parametrization
@@ -32,9 +34,9 @@ class Perceptron(nn.Module):
 
 
 class ExplicitPerceptron(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, wn: nn.Module) -> None:
         super().__init__()
-        self.wn = WeightNorm()
+        self.wn = wn
         self.fc = self.wn.apply(nn.Linear(6, 5))
         self.out = self.wn.apply(nn.Linear(5, 4))
 
@@ -54,9 +56,9 @@ class Recurrent(nn.Module):
 
 
 class ExplicitRecurrent(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, wn: nn.Module) -> None:
         super().__init__()
-        self.wn = WeightNorm("weight_hh_l0")
+        self.wn = wn
         self.lstm = self.wn.apply(nn.LSTM(6, 5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,13 +68,13 @@ class ExplicitRecurrent(nn.Module):
 
 Model = Callable[[], nn.Module]
 PERCEPTRONS: dict[str, Model] = {
-    "`recompute`": ExplicitPerceptron,
+    "`recompute`": lambda: ExplicitPerceptron(WeightNorm()),
     "`inline`": lambda: Perceptron(WeightNorm().inline),
     "hook": lambda: Perceptron(hook),
     "parametrization": lambda: Perceptron(parametrization),
 }
 RECURRENTS: dict[str, Model] = {
-    "`recompute`": ExplicitRecurrent,
+    "`recompute`": lambda: ExplicitRecurrent(WeightNorm("weight_hh_l0")),
     "`inline`": lambda: Recurrent(WeightNorm("weight_hh_l0").inline),
     "hook": lambda: Recurrent(lambda lstm: hook(lstm, "weight_hh_l0")),
     "parametrization": lambda: Recurrent(lambda lstm: parametrization(lstm, "weight_hh_l0")),
@@ -80,38 +82,40 @@ RECURRENTS: dict[str, Model] = {
 }
 
 
-def parts(state: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """The names of g and v in a state dict, by the name of the weight that they make."""
-    ours = {name[:-2]: (name, name[:-2] + "_v") for name in state if name.endswith("_g")}
+def parts(state: dict[str, Any], norm: ByHand) -> dict[str, dict[str, str]]:
+    """The names of the parts in a state dict, by the name of the weight that they make."""
+    first = f"_{norm.parts[0]}"
+    names = [name.removesuffix(first) for name in state if name.endswith(first)]
+    ours = {name: {part: f"{name}_{part}" for part in norm.parts} for name in names}
     ending = ".original0"
-    theirs = {n.removesuffix(ending): (n, n.removesuffix("0") + "1") for n in state if n.endswith(ending)}
-    return ours | {name.replace("parametrizations.", ""): pair for name, pair in theirs.items()}
+    theirs = {n.removesuffix(ending): {"g": n, "v": n.removesuffix("0") + "1"} for n in state if n.endswith(ending)}
+    return ours | {name.replace("parametrizations.", ""): made for name, made in theirs.items()}
 
 
-def formula(g: Tensor, v: Tensor) -> Tensor:
-    return g * v / v.flatten(1).norm(dim=1).view_as(g)
-
-
-def plain_state(state: dict[str, Any]) -> dict[str, Tensor]:
+def plain_state(state: dict[str, Any], norm: ByHand) -> dict[str, Tensor]:
     """The state dict of the same model without a norm."""
-    made = parts(state)
-    used = {name for pair in made.values() for name in pair}
-    weights = {name: formula(state[g], state[v]) for name, (g, v) in made.items()}
+    made = parts(state, norm)
+    used = {name for names in made.values() for name in names.values()}
+    weights = {name: norm.of({part: state[key] for part, key in names.items()}) for name, names in made.items()}
     return {name: value for name, value in state.items() if name not in used} | weights
 
 
-def expected(state: dict[str, Any], x: Tensor) -> Tensor:
+def expected(state: dict[str, Any], x: Tensor, norm: ByHand) -> Tensor:
     kind = Recurrent if x.dim() == 3 else Perceptron
     plain = kind(lambda module: module)
-    plain.load_state_dict(plain_state(state))
+    plain.load_state_dict(plain_state(state, norm))
     return plain(x)
 
 
-def change_parts(state: dict[str, Any]) -> None:
+def change_parts(state: dict[str, Any], norm: ByHand) -> None:
+    """Changes what is trained, and a fixed g; the vectors of an iteration have the length 1 and stay."""
     with torch.no_grad():
-        for g, v in parts(state).values():
-            state[g].mul_(2).add_(0.3)
-            state[v].add_(torch.linspace(-1, 1, state[v].numel()).view_as(state[v]))
+        for names in parts(state, norm).values():
+            for part, name in names.items():
+                if part in ("g", "gain"):
+                    state[name].mul_(2).add_(0.3)
+                elif part not in norm.buffers:
+                    state[name].add_(torch.linspace(-1, 1, state[name].numel()).view_as(state[name]))
 
 
 def through_file(save: Callable[[Any], None], load: Callable[[Any], Any]) -> Any:
@@ -121,41 +125,41 @@ def through_file(save: Callable[[Any], None], load: Callable[[Any], Any]) -> Any
     return load(buffer)
 
 
-def scripted_saved_and_loaded(model: nn.Module, x: Tensor) -> Any:
+def scripted_saved_and_loaded(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
     scripted = torch.jit.script(model)
     return through_file(lambda file: torch.jit.save(scripted, file), torch.jit.load)
 
 
-def frozen(model: nn.Module, x: Tensor) -> Any:
+def frozen(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
     ours = any("explicit_wn" in cls.__module__ for module in model.modules() for cls in type(module).__mro__)
     scripted = explicit_wn.script(model.eval()) if ours else torch.jit.script(model.eval())
-    change_parts(dict(model.named_parameters()))
+    change_parts(dict(model.state_dict()), norm)
     return torch.jit.freeze(scripted)
 
 
-def export_saved_and_loaded(model: nn.Module, x: Tensor) -> Any:
+def export_saved_and_loaded(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
     program = torch.export.export(model, (x,))
     return through_file(lambda file: torch.export.save(program, file), torch.export.load).module()
 
 
-def saved_and_loaded(model: nn.Module, x: Tensor) -> Any:
+def saved_and_loaded(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
     return through_file(lambda file: torch.save(model, file), lambda file: torch.load(file, weights_only=False))
 
 
-def checkpointed(model: nn.Module, x: Tensor) -> Any:
+def checkpointed(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
     return lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
 
 
-def through_functional_call(model: nn.Module, x: Tensor) -> Any:
+def through_functional_call(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
     """Answers under other parameters, and then again under its own."""
-    others = {name: value.detach().clone() for name, value in model.named_parameters()}
-    change_parts(others)
+    others = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    change_parts(others, norm)
     answer = torch.func.functional_call(model, others, (x,))
-    torch.testing.assert_close(answer, expected(others, x))
+    torch.testing.assert_close(answer, expected(others, x, norm))
     return model
 
 
-def through_gradients(model: nn.Module, x: Tensor) -> Any:
+def through_gradients(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
     """Checks the gradient for every example, taken by vmap(grad), against one at a time."""
     parameters = dict(model.named_parameters())
 
@@ -166,34 +170,35 @@ def through_gradients(model: nn.Module, x: Tensor) -> Any:
     plain = Perceptron(lambda module: module)
     for index, example in enumerate(x):
         leaves = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
-        answer = torch.func.functional_call(plain, plain_state(leaves), (example,)).square().sum()
+        state = dict(model.named_buffers()) | leaves
+        answer = torch.func.functional_call(plain, plain_state(state, norm), (example,)).square().sum()
         gradients = torch.autograd.grad(answer, list(leaves.values()))
         for name, gradient in zip(leaves, gradients, strict=True):
-            torch.testing.assert_close(per_example[name][index], gradient)
+            torch.testing.assert_close(per_example[name][index], gradient, rtol=1e-4, atol=1e-5)
     return model
 
 
-Context = Callable[[nn.Module, Tensor], Any]
+Context = Callable[[nn.Module, Tensor, ByHand], Any]
 CONTEXTS: dict[str, Context] = {
-    "eager": lambda model, x: model,
-    "`torch.jit.script`": lambda model, x: torch.jit.script(model),
+    "eager": lambda model, x, norm: model,
+    "`torch.jit.script`": lambda model, x, norm: torch.jit.script(model),
     "`torch.jit.script`, saved and loaded": scripted_saved_and_loaded,
     "`torch.jit.freeze` of the script": frozen,
-    "`torch.jit.trace`": lambda model, x: torch.jit.trace(model, x),
-    "`torch.export`": lambda model, x: torch.export.export(model, (x,)).module(),
-    "`torch.export`, `strict=True`": lambda model, x: torch.export.export(model, (x,), strict=True).module(),
+    "`torch.jit.trace`": lambda model, x, norm: torch.jit.trace(model, x),
+    "`torch.export`": lambda model, x, norm: torch.export.export(model, (x,)).module(),
+    "`torch.export`, `strict=True`": lambda model, x, norm: torch.export.export(model, (x,), strict=True).module(),
     "`torch.export`, saved and loaded": export_saved_and_loaded,
-    "`torch.compile(fullgraph=True)`": lambda m, x: torch.compile(m, fullgraph=True, backend="aot_eager"),
-    "`copy.deepcopy` after a forward": lambda model, x: copy.deepcopy(model),
+    "`torch.compile(fullgraph=True)`": lambda m, x, norm: torch.compile(m, fullgraph=True, backend="aot_eager"),
+    "`copy.deepcopy` after a forward": lambda model, x, norm: copy.deepcopy(model),
     "`torch.save(model)`, `torch.load`": saved_and_loaded,
     "activation checkpointing": checkpointed,
     "`functional_call`": through_functional_call,
     "`vmap(grad)`": through_gradients,
-    "`torch.fx.symbolic_trace`": lambda model, x: torch.fx.symbolic_trace(model),
+    "`torch.fx.symbolic_trace`": lambda model, x, norm: torch.fx.symbolic_trace(model),
 }
 
 
-def answers_rightly(make: Model, context: Context, x: Tensor) -> None:
+def answers_rightly(make: Model, context: Context, x: Tensor, norm: ByHand) -> None:
     """Raises what the context raises, or what is wrong with its answer."""
     torch.manual_seed(0)
     torch.compiler.reset()
@@ -201,22 +206,26 @@ def answers_rightly(make: Model, context: Context, x: Tensor) -> None:
         warnings.simplefilter("ignore")  # this is not the context yet
         model = make()
         model(x).square().sum().backward()
-    change_parts(dict(model.named_parameters()))
-    result = context(model, x)
-    torch.testing.assert_close(result(x), expected(model.state_dict(), x))
+    change_parts(model.state_dict(), norm)
+    result = context(model, x, norm)
     state = result.state_dict() if isinstance(result, nn.Module) else model.state_dict()
-    if parts(state):
-        change_parts(state)
-        torch.testing.assert_close(result(x), expected({k.removeprefix("_orig_mod."): v for k, v in state.items()}, x))
+    own = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
+    answer = result(x)
+    advanced = {name: value for name, value in own.items() if name.endswith(("_u", "_v")) and value.dim() == 1}
+    torch.testing.assert_close(answer, expected(model.state_dict() | advanced, x, norm))
+    if parts(own, norm):
+        change_parts(own, norm)
+        answer = result(x)
+        torch.testing.assert_close(answer, expected(own, x, norm))
 
 
-def outcome(make: Model, context: Context, x: Tensor, warning: Literal["error", "ignore"]) -> str:
+def outcome(make: Model, context: Context, x: Tensor, norm: ByHand, warning: Literal["error", "ignore"]) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter(warning)
         warnings.filterwarnings("ignore", ".torch.jit")
         warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.10, whatever it loads
         try:
-            answers_rightly(make, context, x)
+            answers_rightly(make, context, x, norm)
         except AssertionError:
             return "**wrong**"
         except Exception as error:
@@ -224,22 +233,52 @@ def outcome(make: Model, context: Context, x: Tensor, warning: Literal["error", 
         return "✓"
 
 
-def cell(make: Model, context: Context, x: Tensor) -> str:
-    strict = outcome(make, context, x, "error")
-    lenient = strict if strict == "✓" else outcome(make, context, x, "ignore")
+def cell(make: Model, context: Context, x: Tensor, norm: ByHand = NORMS["WeightNorm"]) -> str:
+    strict = outcome(make, context, x, norm, "error")
+    lenient = strict if strict == "✓" else outcome(make, context, x, norm, "ignore")
     return "warns" if strict != lenient == "✓" else lenient
 
 
+def as_table(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
 def table(models: dict[str, Model], x: Tensor, contexts: dict[str, Context]) -> str:
-    heads = ["", *models]
     rows = [[name, *(cell(make, context, x) for make in models.values())] for name, context in contexts.items()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+    return as_table([["", *models], *rows])
+
+
+def of_norm(norm: ByHand, recurrent: bool) -> tuple[Model, Model]:
+    """The model in its two forms: `recompute`, `inline`."""
+    if recurrent:
+        wn = norm.make("weight_hh_l0")
+        return lambda: ExplicitRecurrent(wn), lambda: Recurrent(wn.inline)
+    return lambda: ExplicitPerceptron(norm.make()), lambda: Perceptron(norm.make().inline)
+
+
+def both(norm: ByHand, context: Context, x: Tensor) -> str:
+    """The cells of both forms, or one where they are alike."""
+    cells = [cell(make, context, x, norm) for make in of_norm(norm, x.dim() == 3)]
+    return ", ".join(dict.fromkeys(cells))
+
+
+def table_of_norms(x: Tensor, contexts: dict[str, Context]) -> str:
+    rows = [[name, *(both(norm, context, x) for norm in OTHERS.values())] for name, context in contexts.items()]
+    return as_table([["", *OTHERS], *rows])
 
 
 def main() -> None:
-    print(table(PERCEPTRONS, torch.randn(3, 6), CONTEXTS), end="\n\n")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", choices=("norms",), help="only the tables of the other norms")
+    only = parser.parse_args().only
+    x, sequence = torch.randn(3, 6), torch.randn(3, 2, 6)
     alike = ["eager", "activation checkpointing", "`functional_call`", "`vmap(grad)`", "`torch.fx.symbolic_trace`"]
-    print(table(RECURRENTS, torch.randn(3, 2, 6), {name: c for name, c in CONTEXTS.items() if name not in alike}))
+    some = {name: context for name, context in CONTEXTS.items() if name not in alike}
+    if not only:
+        print(table(PERCEPTRONS, x, CONTEXTS), end="\n\n")
+        print(table(RECURRENTS, sequence, some), end="\n\n")
+    print(table_of_norms(x, CONTEXTS), end="\n\n")
+    print(table_of_norms(sequence, some))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,11 @@ class Recipe:
         return advance if advance and known.issuperset(inspect.signature(advance).parameters) else None
 
     @cached_property
+    def advance_parts(self) -> tuple[str, ...]:
+        """The parts that `advance` takes."""
+        return self.parts_of(self.advance) if self.advance else ()
+
+    @cached_property
     def advance_options(self) -> dict[str, Any]:
         """The settings that `advance` takes."""
         return self.options_of(self.advance) if self.advance else {}
@@ -100,6 +105,11 @@ class Recipe:
     def attribute(self, part: str) -> str:
         """The attribute of the module that holds `part`."""
         return f"{self.name}_{part}"
+
+    def parts_of(self, function: Callable[..., Any]) -> tuple[str, ...]:
+        """The parts that `function` takes."""
+        takes = inspect.signature(function).parameters
+        return tuple(part for part in self.parts if part in takes)
 
     def options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The settings that `function` takes."""
@@ -120,6 +130,10 @@ class Recipe:
         """The parameters and buffers behind the parts."""
         return tuple([source for name in self.attributes for source in _behind(module, name)])
 
+    def make(self, parts: dict[str, Tensor]) -> Tensor:
+        """The weight from these parts."""
+        return self.formula(**parts, **self.formula_options)
+
     def compute(self, module: nn.Module) -> Tensor:
         """The weight from the parts as they are now."""
         parts = self.read(module)
@@ -127,7 +141,7 @@ class Recipe:
         if missing:
             raise self.refusal(module, ValueError(f"its part {missing[0]!r} is None"))
         try:
-            return self.formula(**parts, **self.formula_options)
+            return self.make(parts)
         except ValueError as error:
             raise self.refusal(module, error) from error
 

@@ -143,17 +143,18 @@ def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict
     buffers = recipe.norm.buffer_parts
     own = [(f"part_{i}", a, p in buffers) for i, (p, a) in enumerate(zip(recipe.parts, recipe.attributes, strict=True))]
     names = [name for name, *_ in own]
-    given = [f"{part}={name}" for part, name in zip(recipe.parts, names, strict=True)]
+    given = {part: f"{part}={name}" for part, name in zip(recipe.parts, names, strict=True)}
     find = [f"{name} = {'buffers' if buffer else 'parameters'}.get({a!r})" for name, a, buffer in own]
     same = [
         f"module.{'_buffers' if b else '_parameters'}.get({a!r}) is sources[{i}]" for i, (_, a, b) in enumerate(own)
     ]
-    value = f"formula({', '.join(given + _options(recipe.formula_options))})"
+    value = f"formula({', '.join([*given.values(), *_options(recipe.formula_options)])})"
     if quick is not None:
         by_name = dict(zip(recipe.parts, names, strict=True)) | {k: literal(v) for k, v in recipe.settings}
         arguments = ", ".join(by_name[parameter] for parameter in inspect.signature(quick).parameters)
         value = f"quick({arguments})\nif value is None:\n    value = {value}"
-    advance = f"if module.training:\n    advance({', '.join(given + _options(recipe.advance_options))})"
+    advancing = [*(given[part] for part in recipe.advance_parts), *_options(recipe.advance_options)]
+    advance = f"if module.training:\n    advance({', '.join(advancing)})"
     return {
         "name": recipe.name,
         "parts": ", ".join(names),

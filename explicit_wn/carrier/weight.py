@@ -119,7 +119,8 @@ def _is_for_once(module: nn.Module, recipe: Recipe) -> bool:
 def advance(module: nn.Module, recipe: Recipe) -> None:
     """What a recompute in training mode does first."""
     if recipe.advance is not None and module.training:
-        recipe.advance(**recipe.read(module), **recipe.advance_options)
+        parts = recipe.read(module)
+        recipe.advance(**{part: parts[part] for part in recipe.advance_parts}, **recipe.advance_options)
 
 
 def _refuse_symbolic_trace(module: nn.Module, recipe: Recipe) -> None:

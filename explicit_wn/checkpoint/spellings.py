@@ -13,8 +13,8 @@ from typing import Any
 import attrs
 import torch
 
+from ..functional.weight import shape_of_g
 from ..norms import SpectralNorm, WeightNorm
-from ..norms.weight_norm import shape_of_g
 from ..reparametrization import Reparametrization
 
 NORMS: dict[str, type[Reparametrization]] = {"WeightNorm": WeightNorm, "SpectralNorm": SpectralNorm}

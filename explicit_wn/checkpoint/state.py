@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..norms.weight_norm import shape_of_g
+from ..functional.weight import shape_of_g
 from ..table import Table, parts_shown, shown
 from . import spellings
 from .spellings import Dim, Normed, Shape, whole_part

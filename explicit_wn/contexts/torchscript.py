@@ -208,7 +208,7 @@ def _statements(
         own = function.__name__ if function.__name__.isidentifier() else "function"  # a lambda has no name
         name = f"{own}_{index}"
         scope[name] = function
-        parts = [f"{part}=self.{recipe.attribute(part)}" for part in recipe.parts]
+        parts = [f"{part}=self.{recipe.attribute(part)}" for part in recipe.parts_of(function)]
         options = [f"{option}={literal(value)}" for option, value in recipe.options_of(function).items()]
         return f"{name}({', '.join(parts + options)})"
 

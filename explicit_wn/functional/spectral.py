@@ -60,7 +60,27 @@ def spectral_norm(
     """
     if u is None or v is None:
         return torch.nn.functional.normalize(orig, dim=0, eps=eps)
+    return orig / _sigma(orig, u, v, dim)
+
+
+def sigma_reparam(
+    orig: Tensor, g: Tensor, u: Optional[Tensor] = None, v: Optional[Tensor] = None, dim: int = 0, eps: float = 1e-12
+) -> Tensor:
+    """σReparam: `g · orig / σ`, where σ is that of `spectral_norm`.
+
+    >>> W, u = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([1.0, 0.0])
+    >>> sigma_reparam(W, torch.tensor(6.0), u, u)
+    tensor([[6., 0.],
+            [0., 2.]])
+    """
+    if u is None or v is None:
+        return g * torch.nn.functional.normalize(orig, dim=0, eps=eps)
+    return orig * (g / _sigma(orig, u, v, dim))
+
+
+def _sigma(orig: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
+    """uᵀ·W·v, where W is `orig` as a matrix."""
     # the next power iteration changes u and v in place, perhaps before the gradient of this is taken: hence the copies
     u, v = u.clone(), v.clone()
     matrix = as_matrix(orig, dim).to(u.dtype)  # FSDP2 computes in half precision while buffers stay in single
-    return orig / torch.dot(u, torch.mv(matrix, v))
+    return torch.dot(u, torch.mv(matrix, v))

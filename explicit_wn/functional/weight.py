@@ -83,6 +83,33 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     return _in_layout_of(v, torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim))
 
 
+def scaled_weight_norm(
+    v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0, clip: Optional[float] = None
+) -> Tensor:
+    """`v · min(g / max(‖v‖, eps), clip)`; without a `clip` that is `weight_norm`.
+
+    >>> scaled_weight_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0]]), clip=1.5)
+    tensor([[4.5000, 6.0000]])
+    """
+    if clip is None:
+        return weight_norm(v, g, dim, eps)
+    norm = torch.norm_except_dim(v, 2, -1 if dim is None else dim)
+    return v * (g / (norm.clamp_min(eps) if eps > 0.0 else norm)).clamp_max(clip)
+
+
+def scaled_weight_norm_by_kernel(
+    v: Tensor, g: Tensor, dim: Optional[int], eps: float, clip: Optional[float]
+) -> Optional[Tensor]:
+    """`scaled_weight_norm` in the ordinary case: one norm, which torch takes as it is; None in any other."""
+    if clip is None:
+        return weight_norm_by_kernel(v, g, dim, eps)
+    if eps != 0.0 or is_traced() or v.numel() == 0:
+        return None
+    others = [other for other in range(v.dim()) if other != dim]
+    norm: Tensor = torch.linalg.vector_norm(v, 2, others, dim is not None)
+    return v * (g / norm).clamp_max(clip)
+
+
 def weight_norm_by_kernel(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Optional[Tensor]:
     """`weight_norm` in the ordinary case, which a small layer does not feel; None in any other.
 
@@ -97,6 +124,11 @@ def weight_norm_by_kernel(v: Tensor, g: Tensor, dim: Optional[int], eps: float) 
     if of_v[dim] != length or 0 in of_v or (ndim >= 4 and not v.is_contiguous()):
         return None
     return torch._weight_norm(v, g, dim)
+
+
+def shape_of_g(shape: tuple[int, ...], dim: Optional[int]) -> tuple[int, ...]:
+    """The shape of the magnitude of a weight of that shape."""
+    return () if dim is None else tuple(n if d == dim else 1 for d, n in enumerate(shape))
 
 
 def _check_magnitude(v: Tensor, g: Tensor, dim: Optional[int]) -> None:

@@ -5,9 +5,10 @@ from torch import nn
 from .. import carrier
 from ..caller import warn
 from ..carrier import all_or_nothing
+from ..folded import Folded
 from ..layers import qualified
 from ..refusals import replaced_forward
-from ..reparametrization import Folded, Reparametrization
+from ..reparametrization import Reparametrization
 from . import spellings
 from .spellings import Found
 from .verbs import check_model, naming, normed

@@ -13,9 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from .. import carrier
 from ..carrier import all_or_nothing, values_or_nothing
+from ..functional.weight import shape_of_g
 from ..layers import qualified
 from ..norms import WeightNorm
-from ..norms.weight_norm import shape_of_g
 from ..reparametrization import Reparametrization
 from ..table import shape_shown
 from . import spellings

@@ -29,11 +29,6 @@ def weight_norm_steps(
     yield "w", "the weight", f"g · v/{length}", g * direction
 
 
-def shape_of_g(shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
-    """The shape of the magnitude of a weight of that shape."""
-    return () if dim is None else tuple(n if d == dim else 1 for d, n in enumerate(shape))
-
-
 @attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False)
 class WeightNorm(Reparametrization):
     """w = g · v / ‖v‖
@@ -73,14 +68,13 @@ class WeightNorm(Reparametrization):
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:
         """The magnitude and the direction of `weight`; the direction need not have length 1, so it is `weight`."""
-        g = norm_except_dim(weight, 2, self.dim)  # type: ignore[arg-type]
-        return {"g": g.clamp_min(self.eps) if self.eps > 0 else g, "v": weight}
+        return {"g": self._norm(weight), "v": weight}
 
     def objection(self, weight: Tensor) -> str | None:
         """Refuses slices that have no direction."""
         if weight.is_meta or weight.numel() == 0:
             return None
-        g = self.split(weight.detach())["g"].flatten()
+        g = self._norm(weight.detach()).flatten()
         if g.isinf().any() and weight.isfinite().all():
             return f"{self._where(g.isinf())} too large: {weight.dtype} cannot hold the norm; scale the weight down"
         if not (g == 0).any():
@@ -88,6 +82,10 @@ class WeightNorm(Reparametrization):
         eps = 1e-6 if weight.dtype == torch.float16 else 1e-12
         why = "zero, which has no direction and would give NaN"
         return f"{self._where(g == 0)} {why}; initialize it, or set eps ({eps}, say)"
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        norm = norm_except_dim(weight, 2, self.dim)  # type: ignore[arg-type]
+        return norm.clamp_min(self.eps) if self.eps > 0 else norm
 
     def _where(self, found: Tensor) -> str:
         """The slices that were found, as the beginning of a sentence."""

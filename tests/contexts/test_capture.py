@@ -223,7 +223,7 @@ def test_within_a_trace_a_changed_part_makes_a_new_tensor(part: int) -> None:
 
 
 def test_the_copy_that_a_backward_keeps_is_registered_once() -> None:
-    assert capture._kept_copy() is capture._kept_copy()
+    assert capture.kept_copy() is capture.kept_copy()
 
 
 def test_two_traces_share_nothing() -> None:

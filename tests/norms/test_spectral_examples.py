@@ -119,14 +119,14 @@ def test_a_norm_of_ones_own_trains_and_shows_itself(printed: str) -> None:
     assert losses
     assert float(losses[2]) < float(losses[1])
     before, after = printed.split("folded, it is plain:")
-    assert "(up): ConvTranspose1d(3, 8, kernel_size=(4,), stride=(1,), weight=WeightStandardization(dim=1))" in before
-    assert "(out): Linear(in_features=8, out_features=2, bias=True, weight=WeightStandardization(dim=0))" in before
+    assert "(up): ConvTranspose1d(3, 8, kernel_size=(4,), stride=(1,), weight=LogWeightNorm(dim=1))" in before
+    assert "(out): Linear(in_features=8, out_features=2, bias=True, weight=LogWeightNorm(dim=0))" in before
     assert "(up): ConvTranspose1d(3, 8, kernel_size=(4,), stride=(1,))\n" in after
     assert "(out): Linear(in_features=8, out_features=2, bias=True)\n" in after
 
 
 def test_a_norm_of_ones_own_takes_at_most_forty_lines() -> None:
     source = (EXAMPLES / "custom_norm.py").read_text()
-    norm = source[source.index("def standardize") : source.index("\nclass Net")]
-    assert "class WeightStandardization(Reparametrization)" in norm
+    norm = source[source.index("def log_weight_norm") : source.index("\nclass Net")]
+    assert "class LogWeightNorm(Reparametrization)" in norm
     assert len([line for line in norm.splitlines() if line.strip()]) <= 40

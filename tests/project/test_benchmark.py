@@ -8,11 +8,12 @@ from pathlib import Path
 import benchmark_models
 import pytest
 import speed
+import speed_of_norms
 import torch
 from benchmark_models import OURS, PEERS, PLAIN, ROWS, SPELLINGS
 from speed import MODES
 
-from explicit_wn import WeightNorm
+from explicit_wn import Reparametrization, WeightNorm
 
 SMALL = "4 × Conv1d(64, 64, 3)"
 
@@ -109,3 +110,20 @@ def test_memory_is_that_of_the_step() -> None:
     kept: list[torch.Tensor] = []
     for step, held in ((lambda: torch.empty(1 << 20), 1), (lambda: kept.append(torch.empty(1 << 20)), 2)):
         assert speed.bytes_held(step, "cpu") == held * 4 << 20  # what is freed in a step, and what two of them keep
+
+
+@pytest.mark.filterwarnings("ignore:.*layers.[0-9].weight of this Explicit is stale")
+@pytest.mark.parametrize("norm", speed_of_norms.NORMS)
+@pytest.mark.parametrize("mode", ["eager inference", "eager training"])
+def test_each_norm_is_measured_beside_a_parametrization_that_computes_the_same(
+    norm: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = "10 × Linear(64)"
+    found = speed_of_norms.measure(norm, small, mode, seconds=0)
+    assert set(found) == {*speed_of_norms.OURS, speed_of_norms.THEIRS}
+    assert len(speed_of_norms.ratios(found).split(", ")) == 2
+    if mode == "eager training":
+        return  # where what was not recomputed has no gradient a second time
+    monkeypatch.setattr(Reparametrization, "recompute", lambda wn, module: None)
+    with pytest.raises(AssertionError, match="the spellings do not compute the same"):
+        speed_of_norms.measure(norm, small, mode, seconds=0)

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from programs import STRICT_PYTHON
 
+import explicit_wn.norms
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(name: str, folder: Path) -> str:
+def run(name: str, folder: Path, *arguments: object) -> str:
     """What an example prints, run in an empty folder; nothing on stderr is fine, anything else is not."""
-    command = [*STRICT_PYTHON, EXAMPLES / name]
+    command = [*STRICT_PYTHON, EXAMPLES / name, *map(str, arguments)]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL)
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr == ""
@@ -78,3 +80,27 @@ def test_the_two_ports_say_the_same_on_every_line() -> None:
     said = [(number, spoken(r)) for number, r in enumerate(in_r, start=1)]
     assert [words for _, words in said][8:] == [spoken(line) for line in in_python][8:]
     assert sum(len(words) for _, words in said) > 20
+
+
+def test_each_norm_is_trained_at_each_rate_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "empty").mkdir()
+    picture = tmp_path / "norms.png"
+    printed = run("norms.py", tmp_path / "empty", "--steps", 3, "--seeds", 2, "--out", picture)
+    head, *rows = printed.partition("\n\n")[0].splitlines()
+    rates = head.removeprefix("error in %, at the learning rate").split()
+    assert [float(rate) for rate in rates] == sorted(map(float, rates))
+    shown = {re.split(r" {2,}", row)[0]: re.findall(r"([\d.]+) ± ([\d.]+)", row) for row in rows}
+    ours = {re.sub(r"\(.*", "", name) for name in shown} - {"no norm"}
+    assert ours == set(explicit_wn.norms.__all__)
+    for cells in shown.values():
+        assert len(cells) == len(rates)
+        assert all(0 < float(mean) < 100 for mean, _ in cells)
+    assert picture.stat().st_size > 10_000
+
+
+def test_the_page_shows_the_table_of_the_norms_as_it_is_printed() -> None:
+    page = (EXAMPLES / "README.md").read_text()
+    head = page[page.index("error in %, at the learning rate") :].splitlines()
+    names = [re.split(r" {2,}", line)[0] for line in head[1:9]]
+    assert {re.sub(r"\(.*", "", name) for name in names} == {"no norm", *explicit_wn.norms.__all__}

@@ -332,6 +332,7 @@ class Short(Reparametrization):
     name: str = "weight"
     dim: int | str | None = "out"
     times: int = attrs.field(default=1, validator=settings.at_least(1))
+    formula = staticmethod(lambda v, times: times * v)
 
 
 ALL = WeightNorm, SpectralNorm, Short
