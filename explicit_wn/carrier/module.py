@@ -41,8 +41,9 @@ class Carrier(nn.Module):
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        parts = [attribute for recipe in self._normed for attribute in recipe.attributes]
         for derived in name, name.removesuffix("_orig"):  # which torch.nn.utils.prune makes of the weight
-            if isinstance(getattr(type(self), derived, None), Derived):
+            if name not in parts and isinstance(getattr(type(self), derived, None), Derived):
                 setattr(self, derived, param)
         super().register_parameter(name, param)
 
