@@ -141,7 +141,8 @@ def lightning_fit(model: nn.Module, folder: Path, epochs: int, callbacks: Any = 
 
 
 quiet_lightning = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+    *("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+    *("error::explicit_wn.StaleWeightWarning", "error::explicit_wn.LostWriteWarning"),
 )
 
 
@@ -175,6 +176,34 @@ def test_lightnings_stochastic_weight_averaging_averages_the_parts(tmp_path: Pat
     plain = pair()[0]
     lightning_fit(plain, tmp_path, 5)
     assert not torch.allclose(plain(OTHERS), models[0](OTHERS), atol=1e-4)
+
+
+class Forgetful(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.out(torch.tanh(self.fc(x)))
+        return output
+
+
+def small(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, 0, 0.01)
+
+
+@quiet_lightning
+def test_lightning_shows_what_is_said_of_a_weight_that_is_wrong(tmp_path: Path) -> None:
+    warned = pytest.warns(explicit_wn.StaleWeightWarning, match=r"(?s)fc\.weight of .* is stale.*self\.wn\.recompute")
+    with warned, pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        lightning_fit(Forgetful(), tmp_path, 1)
+    net = pair()[0]
+    net.apply(small)
+    with pytest.warns(explicit_wn.LostWriteWarning, match=r"assign_all\(model, init\)") as told:
+        trainer = lightning_fit(net, tmp_path, 1)
+    ours = [str(one.message) for one in told if one.category is explicit_wn.LostWriteWarning]
+    assert sorted(message.split()[0] for message in ours) == ["model.fc.weight", "model.out.weight"]
+    assert not explicit_wn.check(net, trainer.optimizers[0])
+    WeightNorm("bias").inline(net.out)  # after the optimizer was made
+    found = [(row.name, row.problem) for row in explicit_wn.check(net, trainer.optimizers[0]).rows]
+    assert found == [("out.bias_g", "not in the optimizer")]
 
 
 # accelerate
