@@ -140,13 +140,13 @@ def lightning_fit(model: nn.Module, folder: Path, epochs: int, callbacks: Any = 
     return trainer
 
 
-quiet_lightning = pytest.mark.filterwarnings(
+quiet = pytest.mark.filterwarnings(  # theirs, and none of ours
     *("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
     *("error::explicit_wn.StaleWeightWarning", "error::explicit_wn.LostWriteWarning"),
 )
 
 
-@quiet_lightning
+@quiet
 def test_lightning_fits_and_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     models = pair()
     for model in models:
@@ -165,7 +165,7 @@ def test_lightning_fits_and_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     check_same(again, resumed[1])
 
 
-@quiet_lightning
+@quiet
 def test_lightnings_stochastic_weight_averaging_averages_the_parts(tmp_path: Path) -> None:
     callbacks = package("lightning.pytorch.callbacks")
     models = pair()
@@ -189,7 +189,7 @@ def small(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0, 0.01)
 
 
-@quiet_lightning
+@quiet
 def test_lightning_shows_what_is_said_of_a_weight_that_is_wrong(tmp_path: Path) -> None:
     warned = pytest.warns(explicit_wn.StaleWeightWarning, match=r"(?s)fc\.weight of .* is stale.*self\.wn\.recompute")
     with warned, pytest.raises(RuntimeError, match="backward through the graph a second time"):
@@ -300,7 +300,7 @@ def transformers_train(model: Any, folder: Path, resume: Path | None = None) -> 
     return trained
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@quiet
 def test_the_trainer_of_transformers_trains_and_resumes(accelerate: Any, tmp_path: Path) -> None:
     models = [transformers_train(of_transformers(model), tmp_path / type(model).__name__) for model in pair()]
     check_same(*models)
