@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 _OURS = str(Path(__file__).parent) + os.sep, "<explicit_wn"
-_BETWEEN = *_OURS, str(Path(torch.__file__).parent) + os.sep, contextlib.__file__, copy.__file__, "<string>"
+_BETWEEN = *_OURS, str(Path(torch.__file__).parents[1]) + os.sep, contextlib.__file__, copy.__file__, "<string>"
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warns at the user's line: the innermost one that is neither ours nor torch's.
+    """Warns at the user's line: the innermost one that is neither ours nor of what is installed beside torch.
 
     `skip_file_prefixes`, which does this, came with Python 3.12.
     """

@@ -52,11 +52,14 @@ def _tell_before_capture() -> None:
 capture.before_capture.append(_tell_before_capture)
 
 
+_LOOK = ("extra_repr", "flatten_parameters", "all_weights")
+
+
 def is_only_looked_at() -> bool:
     """Whether nobody uses what is read: a `repr` asks for a bias, torch.jit looks around before it traces a forward."""
     for frame in callers():
         name = frame.f_globals.get("__name__", "")
-        if frame.f_code.co_name == "extra_repr":
+        if frame.f_code.co_name in _LOOK or frame.f_code is nn.TransformerEncoder.forward.__code__ or name == "inspect":
             return True
         if frame.f_code.co_name == "forward" or not name.startswith("torch."):
             return False
@@ -68,7 +71,11 @@ def is_only_looked_at() -> bool:
 # Writes
 
 
-def seal(module: nn.Module, value: Tensor) -> Tensor | None:
+ENOUGH = 100
+"""So often a weight is watched that is handed out: who has written into none of so many is no initialization."""
+
+
+def seal(module: nn.Module, name: str, value: Tensor) -> Tensor | None:
     """The sums of a weight along its rows and columns, by which a write into it is seen that no counter shows.
 
     None where it is not handed out to be written into: torch's own code only reads, and so does a forward.
@@ -76,8 +83,10 @@ def seal(module: nn.Module, value: Tensor) -> Tensor | None:
     reader, *others = callers()
     if reader.f_globals.get("__name__", "").startswith("torch."):
         return None
-    if any(frame.f_code.co_name == "forward" for frame in (reader, *others)):
+    looks = store_of(module).looks
+    if looks.get(name, 0) >= ENOUGH or any(frame.f_code.co_name == "forward" for frame in (reader, *others)):
         return None
+    looks[name] = looks.get(name, 0) + 1
     handed_out.add(module)
     return _sums(value)
 
@@ -85,10 +94,17 @@ def seal(module: nn.Module, value: Tensor) -> Tensor | None:
 def _sums(value: Tensor) -> Tensor | None:
     if type(value) is not Tensor or value.is_meta or not _may_look(value) or value.numel() == 0:
         return None
-    wide = torch.promote_types(value.dtype, torch.float32)
     with capture.unrecorded():
-        matrix = value.detach().reshape(len(value) if value.dim() > 1 else 1, -1)
-        return torch.cat([matrix.sum(0, dtype=wide), matrix.sum(1, dtype=wide)])
+        matrix = bits(value).reshape(len(value) if value.dim() > 1 else 1, -1)
+        return torch.cat([matrix.sum(0, dtype=matrix.dtype), matrix.sum(1, dtype=matrix.dtype)])
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same as integers: among them NaN equals NaN, and a sum is one sum in whatever order."""
+    return tensor.detach().view(_INTEGERS[tensor.element_size()])
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _may_look(value: Tensor) -> bool:
@@ -101,18 +117,20 @@ def is_written_to(module: nn.Module, recipe: Recipe, stored: Stored) -> bool:
     """Whether somebody wrote into a stored weight, as far as that can be seen."""
     if getattr(module, "max_norm", None) is not None:
         return False  # an Embedding renorms its weight by itself, at every forward again
-    if stored.earlier is not None and is_written_to(module, recipe, stored.earlier):
+    if any(is_written_to(module, recipe, one) for one in stored.earlier):
         return True
     if stored.seal is not None and _may_look(stored.value):
         return not _same(_sums(stored.value), stored.seal)
-    return not stored.value.is_inference() and stored.value._version > store_of(module).made.get(recipe.name, 0)
+    if stored.value.is_inference() or stored.value._version == 0:
+        return False
+    with torch.no_grad():  # a formula may change its own result in place, or give a part as it is
+        now = recipe.compute(module)
+    return now.is_inference() or stored.value._version > now._version
 
 
 def _same(sums: Tensor | None, seal: Tensor) -> bool:
-    if sums is None or sums.shape != seal.shape:
-        return False
     with capture.unrecorded():
-        return torch.allclose(sums, seal, rtol=0, atol=0, equal_nan=True)
+        return sums is not None and torch.equal(sums, seal)
 
 
 # What to say
@@ -124,11 +142,13 @@ def on_stale(module: nn.Module, recipe: Recipe, models: tuple[nn.Module, ...] = 
     parts = " and ".join(recipe.attributes)
     if store_of(module).held:
         return f"{name} is stale: {parts} changed while a cached(model) block holds it. Change them after the block."
-    return (
-        f"{name} is stale: {parts} changed since it was last computed from them. {advice}\n\nWithout that the model "
-        "goes on with the old weight, and the second training step fails with torch's error \"Trying to backward "
-        'through the graph a second time".'
-    )
+    message = f"{name} is stale: {parts} changed since it was last computed from them. {advice}"
+    if running():
+        message += (
+            "\n\nWithout that the model goes on with the old weight, and the second training step fails with torch's "
+            'error "Trying to backward through the graph a second time".'
+        )
+    return message
 
 
 def on_lost_write(module: nn.Module, recipe: Recipe) -> str:
@@ -136,17 +156,17 @@ def on_lost_write(module: nn.Module, recipe: Recipe) -> str:
     place = _Place(module, recipe)
     return (
         f"{place.name} was written into, and that is lost: {recipe.norm._kind} computes it anew from "
-        f"{' and '.join(recipe.attributes)}. Write into it with this line{place.which}:\n\n"
-        f"    {place.norm}.assign({place.target}, weight)\n\n"
-        "To initialize a whole model, write explicit_wn.assign_all(model, init) in the place of model.apply(init). "
-        "Before a tool merges something into it, call explicit_wn.fold(model)."
+        f"{' and '.join(recipe.attributes)}. To initialize a model, write explicit_wn.assign_all(model, init) in the "
+        "place of model.apply(init). Before a tool merges something into it, call explicit_wn.fold(model). "
+        f"To give it a value, write this{place.which}:\n\n    {place.norm}.assign({place.target}, weight)"
     )
 
 
 def name_and_advice(module: nn.Module, recipe: Recipe, models: tuple[nn.Module, ...] = ()) -> tuple[str, str]:
     """What the weight is called, and which line recomputes it where."""
     place = _Place(module, recipe, models)
-    where = f"to the forward of {base_of(place.owner).__name__}" if place.owner else "before the model is called"
+    where = "before the model is called" if running() else "before you read it"
+    where = f"to the forward of {base_of(place.owner).__name__}" if place.owner else where
     line = f"Add this line {where}{place.which}:\n\n    {place.norm}.recompute({place.target})\n\n"
     return place.name, line + "or use inline(layer) in the place of apply(layer), which recomputes by itself."
 

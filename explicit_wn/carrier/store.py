@@ -19,8 +19,8 @@ class Stored:
     """The thread that computed it, and may use it: in another it would have no gradient, or too much of it."""
     seal: Tensor | None = None
     """What it looked like when it was handed out to somebody who may write into it."""
-    earlier: "Stored | None" = None
-    """The one handed out before, of which the same is true: `weight.copy_(f(weight))` reads twice, and then writes."""
+    earlier: "tuple[Stored, ...]" = ()
+    """Those handed out before, of which the same is true: `weight.copy_(f(weight))` reads twice, and then writes."""
 
     def is_stale(self) -> bool:
         """Whether a part was changed in place since, as far as torch counts that."""
@@ -51,8 +51,8 @@ class Store(dict[str, Stored]):
         """The threads that copy or pickle the module now."""
         self.told: set[tuple[str, str]] = set()
         """What was said already, of which weight."""
-        self.made: dict[str, int] = {}
-        """The versions of weights that a formula makes by changing its own result in place; 0 for all others."""
+        self.looks: dict[str, int] = {}
+        """How often each weight was handed out to somebody who may write into it."""
 
     @property
     def held(self) -> bool:

@@ -73,7 +73,7 @@ def read(module):
         sources = stored.sources
         if {parts_are_the_same} and stored.thread == get_ident():
             version = stored.version
-            if version is None or {versions_of_sources} == version:
+            if version is None or {versions} == version:
                 return stored.value
     return carefully.read(module, recipe)
 """
@@ -146,7 +146,8 @@ def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict
     given = {part: f"{part}={name}" for part, name in zip(recipe.parts, names, strict=True)}
     find = [f"{name} = {'buffers' if buffer else 'parameters'}.get({a!r})" for name, a, buffer in own]
     same = [
-        f"module.{'_buffers' if b else '_parameters'}.get({a!r}) is sources[{i}]" for i, (_, a, b) in enumerate(own)
+        f"module.{'_buffers' if buffer else '_parameters'}.get({a!r}) is ({name} := sources[{i}])"
+        for i, (name, a, buffer) in enumerate(own)
     ]
     value = f"formula({', '.join([*given.values(), *_options(recipe.formula_options)])})"
     if quick is not None:
@@ -162,7 +163,6 @@ def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict
         "parts_are_unusual": " or ".join(f"type({n}) is not {'Tensor' if b else 'Parameter'}" for n, _, b in own),
         "parts_are_the_same": " and ".join(same),
         "versions": " + ".join(f"{name}._version" for name in names),
-        "versions_of_sources": " + ".join(f"sources[{i}]._version" for i in range(len(own))),
         "advance": advance if recipe.advance else "",
         "value": value,
     }

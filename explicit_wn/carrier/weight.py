@@ -22,24 +22,28 @@ from .store import Stored, store_of, version_of
 
 def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
     """Computes a weight and stores it."""
-    store = store_of(module)
-    earlier = _handed_out(store.get(recipe.name)) if by_read else None
+    store, earlier = store_of(module), _handed_out(module, recipe) if by_read else ()
     forget(module, recipe)  # freed before its successor is allocated: the same memory is used again
     value = compute(module, recipe, by_read)
     if not isinstance(value, torch.fx.Proxy):
         sources = recipe.sources(module)
-        sums = seal(module, value) if by_read else None
+        sums = seal(module, recipe.name, value) if by_read else None
         store[recipe.name] = Stored(value, sources, version_of(sources), get_ident(), sums, earlier)
-        if not value.is_inference() and value._version:
-            store.made[recipe.name] = value._version
         if (get_ident(), recipe.name) in store.running:  # a recompute within the forward of an inlined module
             store.running[get_ident(), recipe.name] = value
     return value
 
 
-def _handed_out(stored: Stored | None) -> Stored | None:
-    """What somebody may write into still, while he is given the next."""
-    return None if stored is None or stored.seal is None else attrs.evolve(stored, earlier=None)
+def _handed_out(module: nn.Module, recipe: Recipe) -> tuple[Stored, ...]:
+    """What somebody may write into still, who is given the next: `w.uniform_(-bound(w), bound(w))` reads thrice.
+
+    Those are looked at in the end; now it is the turn of the last, and of the first where there are too many.
+    """
+    stored = store_of(module).get(recipe.name)
+    if stored is None or stored.seal is None:
+        return ()
+    earlier, stored.earlier = stored.earlier, stored.earlier[2:]
+    return attrs.evolve(stored, earlier=()), *earlier[:2]
 
 
 def forget(module: nn.Module, recipe: Recipe) -> None:

@@ -115,11 +115,12 @@ def state_of(module: nn.Module, recipe: Recipe, weight: Tensor) -> str:
         return "fresh"  # whoever reads it has it computed
     if not recipe.inlined and stored.is_stale():
         return "stale"
-    if not weight.is_meta and torch.allclose(stored.value, weight, equal_nan=True):
-        return "fresh"
     if is_written_to(module, recipe, stored):
         return "lost write"
-    return "fresh" if recipe.inlined else "unknown"
+    if weight.is_meta or recipe.inlined:
+        return "fresh"
+    close = torch.allclose(stored.value, weight, rtol=16 * torch.finfo(weight.dtype).eps, equal_nan=True)
+    return "fresh" if close else "unknown"
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -132,11 +133,14 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _tied(model: nn.Module) -> Iterator[Finding]:
-    first: dict[int, str] = {}
-    for name, part in _parts(model):
-        other = first.setdefault(id(part), name)
-        if other != name:
-            yield Finding(name, "tied", f"it is {other} as well, and the other parts are not: share the whole module")
+    parts, first = {name for name, _ in _parts(model)}, dict[int, str]()
+    for path, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            name = qualified(path, own)
+            other = first.setdefault(id(parameter), name)
+            if parameter is not None and other != name and not parts.isdisjoint((name, other)):
+                part, other = (name, other) if name in parts else (other, name)
+                yield Finding(part, "tied", f"it is {other} as well, and no other part is: share the whole module")
 
 
 def _not_optimized(model: nn.Module, held: set[int]) -> Iterator[Finding]:

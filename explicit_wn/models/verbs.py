@@ -10,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import carrier
 from ..carrier import Block, all_or_nothing, store_of
+from ..carrier.alarm import tell_lost_write
 from ..contexts.torchscript import is_scripted
 from ..layers import LAYERS, qualified
 from ..reparametrization import Reparametrization
@@ -108,12 +109,20 @@ def cached(model: Model) -> Iterator[Model]:
             recompute_all(model)
             block.active = True
             yield model
+            _tell_lost_writes(carriers)
         finally:
             block.active = False  # from here on no weight is held, whatever interrupts the rest
     finally:
         block.active = False
         for store, names in not_kept:
             store.end(block, names)
+
+
+def _tell_lost_writes(carriers: list[nn.Module]) -> None:
+    for module in carriers:
+        for recipe in carrier.recipes_of(module):
+            if recipe.inlined:  # whose weight ends with the block
+                tell_lost_write(module, recipe)
 
 
 def _predicate(where: Where | None) -> Callable[[str, nn.Module], bool]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import carrier
 from ..carrier import Recipe, Stored, store_of, weight
-from ..carrier.alarm import is_only_looked_at, name_and_advice, on_stale
+from ..carrier.alarm import bits, is_only_looked_at, name_and_advice, on_stale
 from ..contexts.torchscript import is_tracing
 
 
@@ -116,15 +116,12 @@ def _on_read(module: nn.Module, recipe: Recipe) -> None:
         watches[0].used_up[_on_used_up(module, recipe, models)] = None
 
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def _bits(source: Tensor | None) -> Tensor | None:
-    """A copy of a part, as integers, among which NaN equals NaN; None for what cannot be compared."""
+    """A copy of a part, as integers; None for what cannot be compared."""
     if source is None or type(source) not in (Tensor, nn.Parameter) or source.is_meta:
         return None
     with contextlib.suppress(RuntimeError):  # vmap on older torch
-        return source.detach().view(_INTEGERS[source.element_size()]).clone()
+        return bits(source).clone()
     return None
 
 
@@ -132,7 +129,7 @@ def _differ(source: Tensor, copy: Tensor | None) -> bool:
     if copy is None:
         return False
     with contextlib.suppress(RuntimeError):  # vmap refuses to compare
-        return not torch.equal(source.detach().view(copy.dtype), copy)
+        return not torch.equal(bits(source), copy)
     return False
 
 

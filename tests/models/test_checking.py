@@ -43,6 +43,14 @@ def test_a_stale_weight_and_one_that_was_written_into() -> None:
     assert found(model) == []
 
 
+def test_a_part_that_is_a_plain_parameter_elsewhere_is_tied() -> None:
+    embedding, decoder = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+    decoder.weight = embedding.weight
+    WeightNorm().inline(decoder)
+    assert found(nn.Sequential(embedding, decoder)) == [("1.weight_v", "tied")]
+    assert found(nn.Sequential(decoder, embedding)) == [("0.weight_v", "tied")]
+
+
 @pytest.mark.parametrize("name", ["weight_g", "weight_v"])
 def test_parts_that_data_changes_unseen_are_not_called_fresh(name: str) -> None:
     model = Net()

@@ -407,7 +407,7 @@ def test_pruning_a_weight_that_is_computed_is_refused_and_changes_nothing() -> N
 # PEFT
 
 
-def lora() -> Any:
+def lora(dora: bool = False) -> Any:
     """Two inlined layers with a LoRA around each, which is trained a little."""
     peft = package("peft")
     torch.manual_seed(0)
@@ -415,7 +415,7 @@ def lora() -> Any:
     net = nn.Sequential(wn.inline(nn.Linear(4, 8)), nn.Tanh(), wn.inline(nn.Linear(8, 1)))
     change_parts(net, seed=1)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    model = peft.get_peft_model(net, peft.LoraConfig(target_modules=["0", "2"], r=2, lora_alpha=3))
+    model = peft.get_peft_model(net, peft.LoraConfig(target_modules=["0", "2"], r=2, lora_alpha=3, use_dora=dora))
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.5)
     for _ in range(5):
         optimizer.zero_grad()
@@ -458,8 +458,9 @@ def test_peft_trains_a_lora_beside_a_norm_and_merges_it_once_the_norm_is_folded(
 
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("saved", [False, True])
-def test_peft_that_merges_into_a_norm_is_told_to_fold_first(safe: bool, saved: bool) -> None:
-    model = lora()
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_that_merges_into_a_norm_is_told_to_fold_first(safe: bool, saved: bool, dora: bool) -> None:
+    model = lora(dora)
     base = lora_by_hand(model, alpha=0)
     merged = model.merge_and_unload(safe_merge=safe)
     used: Callable[[], Any] = merged.state_dict if saved else lambda: merged(OTHERS)
