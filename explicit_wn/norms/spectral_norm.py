@@ -58,7 +58,7 @@ class SpectralNorm(Reparametrization):
 
     >>> sn = SpectralNorm()
     >>> fc = sn.apply(torch.nn.Linear(20, 40))
-    >>> for _ in range(30):  # in training mode
+    >>> for _ in range(200):  # in training mode
     ...     sn.recompute(fc)
     >>> round(torch.linalg.matrix_norm(fc.weight, 2).item(), 2)
     1.0

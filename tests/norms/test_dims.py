@@ -110,7 +110,7 @@ def test_the_weight_is_fresh_in_a_captured_graph(
     for seed in (2, 3):
         change_parts(captured, seed)
         parts = dict(captured.named_parameters())
-        expected = 2.0 * weight_of(parts["layer.weight_g"], parts["layer.weight_v"], kept(dim, ndim))
+        expected = 2.0 * weight_of(parts["fc.weight_g"], parts["fc.weight_v"], kept(dim, ndim))
         torch.testing.assert_close(
             captured(x), expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
         )
