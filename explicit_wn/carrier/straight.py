@@ -70,6 +70,7 @@ def read(module):
     store = module._normed_store
     stored = store.get({name!r})
     if stored is not None:
+        {tables}
         sources = stored.sources
         if {parts_are_the_same} and stored.thread == get_ident():
             version = stored.version
@@ -90,6 +91,7 @@ def read(module):
     elif store.blocks and store.held:
         stored = store.get({name!r})
         if stored is not None:
+            {tables}
             sources = stored.sources
             if {parts_are_the_same}:
                 return stored.value
@@ -146,9 +148,10 @@ def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict
     given = {part: f"{part}={name}" for part, name in zip(recipe.parts, names, strict=True)}
     find = [f"{name} = {'buffers' if buffer else 'parameters'}.get({a!r})" for name, a, buffer in own]
     same = [
-        f"module.{'_buffers' if buffer else '_parameters'}.get({a!r}) is ({name} := sources[{i}])"
+        f"{'buffers' if buffer else 'parameters'}.get({a!r}) is ({name} := sources[{i}])"
         for i, (name, a, buffer) in enumerate(own)
     ]
+    tables = ["buffers" if buffer else "parameters" for *_, buffer in own]
     value = f"formula({', '.join([*given.values(), *_options(recipe.formula_options)])})"
     if quick is not None:
         by_name = dict(zip(recipe.parts, names, strict=True)) | {k: literal(v) for k, v in recipe.settings}
@@ -161,6 +164,7 @@ def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict
         "parts": ", ".join(names),
         "find_parts": "\n".join(["parameters, buffers = module._parameters, module._buffers", *find]),
         "parts_are_unusual": " or ".join(f"type({n}) is not {'Tensor' if b else 'Parameter'}" for n, _, b in own),
+        "tables": "\n".join(f"{table} = module._{table}" for table in dict.fromkeys(tables)),
         "parts_are_the_same": " and ".join(same),
         "versions": " + ".join(f"{name}._version" for name in names),
         "advance": advance if recipe.advance else "",
