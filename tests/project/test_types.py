@@ -43,11 +43,16 @@ def test_mypy_in_strict_mode_has_nothing_against_the_readmes_ten_lines(tmp_path:
     assert errors_of_mypy(file, tmp_path) == {}
 
 
-@pytest.mark.skipif(shutil.which("pyright") is None, reason="needs pyright, and node for it")
+BESIDE_PYTHON = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+PYRIGHT = shutil.which("basedpyright", path=BESIDE_PYTHON)
+"""Which is pyright, and brings the node that it runs on."""
+
+
+@pytest.mark.skipif(PYRIGHT is None, reason="needs basedpyright")
 def test_pyright_in_strict_mode_refuses_what_is_to_be_refused_and_nothing_else(tmp_path: Path) -> None:
     shutil.copy(FILE, tmp_path)
     (tmp_path / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "strict"}))
-    command = ["pyright", "--outputjson", "--pythonpath", sys.executable, "--project", tmp_path]
+    command = [str(PYRIGHT), "--outputjson", "--pythonpath", sys.executable, "--project", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     errors = json.loads(done.stdout)["generalDiagnostics"]
     found = {error["range"]["start"]["line"] + 1: error["message"] for error in errors if error["severity"] == "error"}
