@@ -65,9 +65,8 @@ def positive_eps(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
 def positive(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
     """A number above 0."""
     wanted = "a finite number above 0"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise refusal(norm, field.name, value, wanted, TypeError)
-    if not 0 < value < math.inf:
+    _check_number(norm, field, value, wanted)
+    if value == 0:
         raise refusal(norm, field.name, value, wanted)
 
 
@@ -77,11 +76,15 @@ def a_bool(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
         raise refusal(norm, field.name, value, "True or False", TypeError)
 
 
-def _check_eps(norm: Any, field: "attrs.Attribute[Any]", value: Any, wanted: str) -> None:
+def _check_number(norm: Any, field: "attrs.Attribute[Any]", value: Any, wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise refusal(norm, field.name, value, wanted, TypeError)
     if not 0 <= value < math.inf:
         raise refusal(norm, field.name, value, wanted)
+
+
+def _check_eps(norm: Any, field: "attrs.Attribute[Any]", value: Any, wanted: str) -> None:
+    _check_number(norm, field, value, wanted)
     if 0 < value < torch.finfo(torch.float32).tiny:
         raise refusal(norm, field.name, value, "0 in single precision; take a larger one (1e-12, say)")
 

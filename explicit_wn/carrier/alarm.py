@@ -37,6 +37,12 @@ def tell_lost_write(module: nn.Module, recipe: Recipe) -> None:
         store.told.add((recipe.name, "lost"))
 
 
+def tell_lost_writes(module: nn.Module) -> None:
+    """`tell_lost_write` of every weight that `module` carries, if any."""
+    for recipe in getattr(module, "_normed", ()):
+        tell_lost_write(module, recipe)
+
+
 handed_out: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """The modules of which somebody was given a weight that he may write into."""
 
@@ -45,8 +51,7 @@ def _tell_before_capture() -> None:
     models = running() if handed_out else []
     captured = {module for model in models for module in model.modules()}
     for module in captured.intersection(handed_out) if models else list(handed_out):  # a strict export runs none itself
-        for recipe in getattr(module, "_normed", ()):
-            tell_lost_write(module, recipe)
+        tell_lost_writes(module)
 
 
 capture.before_capture.append(_tell_before_capture)
@@ -80,11 +85,10 @@ def seal(module: nn.Module, name: str, value: Tensor) -> Tensor | None:
 
     None where it is not handed out to be written into: torch's own code only reads, and so does a forward.
     """
-    reader, *others = callers()
-    if reader.f_globals.get("__name__", "").startswith("torch."):
+    if next(callers()).f_globals.get("__name__", "").startswith("torch."):
         return None
     looks = store_of(module).looks
-    if looks.get(name, 0) >= ENOUGH or any(frame.f_code.co_name == "forward" for frame in (reader, *others)):
+    if looks.get(name, 0) >= ENOUGH or any(frame.f_code.co_name == "forward" for frame in callers()):
         return None
     looks[name] = looks.get(name, 0) + 1
     handed_out.add(module)

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ..contexts import torchscript
 from . import weight
-from .alarm import tell_lost_write
+from .alarm import tell_lost_writes
 from .recipe import Recipe, base_of
 from .store import Store, store_of
 from .straight import Straight, recompute_of
@@ -70,8 +70,7 @@ class Carrier(nn.Module):
         store_of(self).clear()
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        for recipe in self._normed:
-            tell_lost_write(self, recipe)  # which the file will not have
+        tell_lost_writes(self)  # which the file will not have
         super()._save_to_state_dict(*arguments)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -81,8 +80,7 @@ class Carrier(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         copying = store_of(self).copying
-        for recipe in self._normed:
-            tell_lost_write(self, recipe)  # for the copy, which computes it anew
+        tell_lost_writes(self)  # for the copy, which computes it anew
         copying.add(get_ident())  # an RNN calls the method in which its weights are recomputed
         try:
             reduced: Any = super().__reduce_ex__(max(protocol, 2))  # the older ones name the class differently
@@ -195,8 +193,7 @@ def rebuild(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> nn.Module:
 def carry(module: nn.Module, recipes: tuple[Recipe, ...]) -> None:
     """Makes `module` carry exactly `recipes`. Its parts are in place already."""
     base, attributes = base_of(module), vars(module)
-    for recipe in recipes_of(module):
-        tell_lost_write(module, recipe)
+    tell_lost_writes(module)
     for name in ("_normed_store", *torchscript.declarations(base, recipes_of(module))):
         attributes.pop(name, None)
     if recipes:
