@@ -270,11 +270,13 @@ def table_of_norms(x: Tensor, contexts: dict[str, Context]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", choices=("norms",), help="only the tables of the other norms")
-    only = parser.parse_args().only
+    parser.add_argument("--device", default="cpu", help="where the models and their inputs are")
+    chosen = parser.parse_args()
+    torch.set_default_device(chosen.device)
     x, sequence = torch.randn(3, 6), torch.randn(3, 2, 6)
     alike = ["eager", "activation checkpointing", "`functional_call`", "`vmap(grad)`", "`torch.fx.symbolic_trace`"]
     some = {name: context for name, context in CONTEXTS.items() if name not in alike}
-    if not only:
+    if not chosen.only:
         print(table(PERCEPTRONS, x, CONTEXTS), end="\n\n")
         print(table(RECURRENTS, sequence, some), end="\n\n")
     print(table_of_norms(x, CONTEXTS), end="\n\n")

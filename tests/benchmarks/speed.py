@@ -12,6 +12,7 @@ and it may double a time.
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -152,6 +153,7 @@ def measure(model: str, mode: str, seconds: float, device: str) -> dict[str, flo
 def bytes_held(step: Step, device: str) -> float:
     """The most bytes that two steps hold at a time, beyond the parameters."""
     if device == "cuda":
+        gc.collect()  # what else was freed meanwhile would count as given back by the step
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()

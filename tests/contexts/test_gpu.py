@@ -8,12 +8,14 @@ import copy
 import io
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from layers import SUBJECTS, Subject, change_parts, norm_of, subject, weight_of
+from by_hand import NORMS
+from layers import SUBJECTS, Net, Subject, change_parts, norm_of, subject, weight_of
 from torch import Tensor, nn
 
 import explicit_wn
@@ -33,6 +35,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
     pytest.mark.filterwarnings(r"ignore:The tensor attributes? self\.layer\._flat_weights:UserWarning"),
     pytest.mark.filterwarnings("ignore:Converting a tensor to a Python:torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning"),
@@ -96,6 +101,28 @@ def train_by_hand(which: Subject, module: nn.Module, steps: int, rate: float) ->
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.sub_(rate * gradients[name])
+
+
+@on_gpu
+@pytest.mark.parametrize("context", ["eager", "scripted", pytest.param("compiled", marks=has_compiler)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm_trains_as_on_the_cpu(norm: str, context: str, device: str) -> None:
+    on_cpu = Net(NORMS[norm].make(), nn.Conv1d(4, 6, 3))
+    model = copy.deepcopy(on_cpu).to(device)
+    contexts = {"scripted": torch.jit.script, "compiled": partial(torch.compile, fullgraph=True)}
+    run = contexts.get(context, lambda model: model)(model)
+    x = torch.randn(5, 4, 8)
+    for _ in range(3):
+        expected, output = on_cpu(x), run(x.to(device))
+        close(output, expected)
+        for net, answer in (on_cpu, expected), (model, output):
+            net.zero_grad()
+            loss_of(answer).backward()
+        for parameter, other in zip(on_cpu.parameters(), model.parameters(), strict=True):
+            close(other.grad, parameter.grad, rtol=1e-3, atol=1e-4)
+            with torch.no_grad():
+                parameter.sub_(0.1 * parameter.grad)
+                other.copy_(parameter)
 
 
 # Eager mode
