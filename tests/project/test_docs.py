@@ -201,12 +201,12 @@ def test_the_readmes_tables_are_rows_and_columns_of_the_full_ones(head: str, lea
 def test_the_api_reference_is_built_without_a_warning_and_shows_what_is_public(tmp_path: Path) -> None:
     pytest.importorskip("pdoc")
     arguments = "-m pdoc -d google"
-    modules = "explicit_wn explicit_wn.teaching"
+    modules = "explicit_wn explicit_wn.models explicit_wn.teaching"
     assert f".venv/bin/python {arguments} {modules}`" in (ROOT / "README.md").read_text()
     assert f'{arguments} -o "$scratch/docs_html" {modules}' in (ROOT / ".ci/run").read_text()
     command = [sys.executable, "-W", "error", *arguments.split(), "-o", tmp_path, *modules.split()]
     subprocess.run(command, check=True, cwd=ROOT)
-    for module in explicit_wn, explicit_wn.teaching, explicit_wn.functional, explicit_wn.checkpoint:
+    for module in explicit_wn, explicit_wn.models, explicit_wn.teaching, explicit_wn.functional, explicit_wn.checkpoint:
         path = tmp_path / f"{module.__name__.replace('.', '/')}.html"
         shown = set(re.findall(r'<section id="(\w+)">', path.read_text()))
         public = {name for name in getattr(module, "__all__", shown) if not inspect.ismodule(getattr(module, name))}
