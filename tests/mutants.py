@@ -35,6 +35,7 @@ ABOUT_ALL = "weight_norm reparametrization bad_input properties numerics safety 
 TESTS = {
     "caller": "alarm",
     "carrier/alarm": "alarm teaching checking",
+    "carrier/inlined": "carrier rooms threads alarm straight capture",
     "carrier/module": "carrier alarm capture torchscript hazards safety weight_norm model spectral_norm",
     "carrier/recipe": "carrier safety reparametrization spectral_norm",
     "carrier/store": "carrier threads alarm",
@@ -47,7 +48,7 @@ TESTS = {
     "checkpoint/shards": "files command",
     "checkpoint/spellings": "state files",
     "checkpoint/state": "state files",
-    "contexts/capture": "capture alarm carrier graphs",
+    "contexts/capture": "capture alarm carrier graphs rooms",
     "contexts/torchscript": "torchscript without_torchscript weight_norm spectral_norm",
     "folded": "author other_norms model",
     "functional/middle_dim": "middle_dim functional numerics",

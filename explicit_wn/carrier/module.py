@@ -13,21 +13,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..contexts import torchscript
-from . import weight
+from . import inlined, straight
 from .alarm import tell_lost_writes
 from .recipe import Recipe, base_of
 from .store import Store, store_of
-from .straight import Straight, recompute_of
-from .straight import straight as write_straight
 from .undo import all_or_nothing, values_or_nothing
-from .weight import Derived, FlatWeights, forget, recompute, run_inlined
+from .weight import Derived, FlatWeights, forget
 
 
 class Carrier(nn.Module):
     """The first base of every generated class."""
 
     _normed: tuple[Recipe, ...] = ()
-    _normed_straight: list[Straight] = []
+    _normed_functions: list[straight.Functions] = []
     _normed_recompute: dict[str, Callable[[nn.Module], None]] = {}
 
     def extra_repr(self) -> str:
@@ -162,17 +160,19 @@ def carrier_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn
 def _make_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.Module]:
     for recipe in recipes:
         _ = recipe.operator  # made before Dynamo looks for it
-    straight = [write_straight(recipe, base, weight) for recipe in recipes]
+    functions = [straight.functions_of(recipe, base) for recipe in recipes]
     namespace: dict[str, Any] = {name: getattr(base, name, None) for name in ("__module__", "__qualname__", "__doc__")}
     # TorchScript reads the annotations of the first class in the MRO that has any
     namespace["__annotations__"] = next(filter(None, map(inspect.get_annotations, base.__mro__)), {})
-    namespace |= {"_normed_base": base, "_normed": recipes, "_normed_straight": straight}
-    namespace["_normed_inlined"] = [one for one in straight if one.recipe.inlined]
-    namespace["_normed_recompute"] = {label: recompute_of(straight, label) for one in recipes for label in one.labels}
+    namespace |= {"_normed_base": base, "_normed": recipes, "_normed_functions": functions}
+    namespace["_normed_inlined"] = [one for one in functions if one.recipe.inlined]
+    labels = [label for recipe in recipes for label in recipe.labels]
+    namespace["_normed_recompute"] = {label: straight.recompute_of(functions, label) for label in labels}
     ignored = [*getattr(base, "__jit_ignored_attributes__", []), "_normed_store"]
     namespace["__jit_ignored_attributes__"] = ignored  # TorchScript would try, long and in vain, to compile it
-    namespace |= {one.name: Derived(one.recipe, one.read) for one in straight}
-    namespace |= torchscript.methods(base, recipes, recompute, run_inlined)
+    namespace |= {one.name: Derived(one.recipe, one.read) for one in functions}
+    eager = inlined.methods(base, recipes)
+    namespace |= eager | torchscript.methods(base, recipes, eager)
     if issubclass(base, nn.RNNBase):
         namespace["_flat_weights"] = FlatWeights()
     return type(base.__name__, (Carrier, base), namespace)

@@ -1,1 +1,1 @@
-"""Those who look on while a weight is computed: compilers and transforms, and TorchScript. Each in one piece."""
+"""Those who look on while a weight is computed: compilers and transforms, and TorchScript. Each goes in one piece."""

@@ -1,4 +1,7 @@
-"""All that graph capture (`torch.compile`, `torch.export`, functorch) needs; nothing else in the package knows it.
+"""All that graph capture (`torch.compile`, `torch.export`, functorch) needs.
+
+The rest of the package asks here whether somebody looks on, and what is to be done then. Where nobody ever does,
+constants would do: for eager mode nothing else is needed of this file.
 
 While a graph is captured nothing is stored on the module: a weight is computed where it is read. `once` sees to it
 that however many reads follow one `recompute`, the captured graph holds one computation. Dynamo does not look into it:
@@ -212,20 +215,20 @@ def _own_code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-before_capture: list[Callable[[], None]] = []
-"""What else is to be done when Dynamo comes, who does not see what is stored."""
+def run_by_dynamo(function: Callable[[], bool]) -> Callable[[], bool]:
+    """Has Dynamo, which traces what calls `function`, run it there and then, and take the result for a constant."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def announce_to_dynamo() -> bool:
-    """Run by Dynamo itself, while it traces: makes the operators, or allows their formulas in the graph of an export.
+    """Makes the operators for the graph that Dynamo traces, or allows their formulas in that of an export.
 
-    Returns whether it is for an export, whose graph is to hold no operator of ours. (Dynamo of torch 2.10 takes
-    `torch.compiler.is_exporting()` for True wherever it reads it.)
+    Called in what is `run_by_dynamo`. Returns whether it is for an export, whose graph is to hold no operator of ours.
+    (Dynamo of torch 2.10 takes `torch.compiler.is_exporting()` for True wherever it reads it.)
     """
     import torch._dynamo
 
-    for look in before_capture:
-        look()
     exporting: bool = torch.compiler.is_exporting()
     for operator in list(_operators.values()):
         if exporting:
@@ -233,6 +236,3 @@ def announce_to_dynamo() -> bool:
         else:
             operator.register()
     return exporting
-
-
-announce_to_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,4 +1,7 @@
-"""All that `torch.jit` needs; nothing else in the package knows TorchScript.
+"""All that `torch.jit` needs.
+
+The rest of the package asks here whether it is compiled or traced, and gives its classes what is written here for
+TorchScript. Where there is none, constants would do: for eager mode nothing else is needed of this file.
 
 TorchScript compiles source text, looks attributes up by literal names, and passes a module as an argument only through
 a *module interface*. So every class of a carrier gets methods whose source is written here.
@@ -13,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from textwrap import dedent, indent
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -55,8 +58,6 @@ def shape_of(tensor: torch.Tensor) -> list[int]:
     finally:
         torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
-
-Module = TypeVar("Module", bound=nn.Module)
 
 NAMES = ("_recompute_normed", "_forward_of_base", "_was_told_to_recompute")
 """What a carrier has for TorchScript, besides `forward`."""
@@ -113,32 +114,23 @@ def prepare(module: nn.Module, recipes: "tuple[Recipe, ...]") -> None:
         carrier.forward = _wrapped_forward(base, _RECOMPUTE_IF_NEVER_TOLD, _run_base)
 
 
-def methods(
-    base: type[nn.Module],
-    recipes: "tuple[Recipe, ...]",
-    recompute: Callable[..., None],
-    run_inlined: Callable[..., Any],
-) -> dict[str, Any]:
-    """What a class that carries `recipes` needs for TorchScript, and `forward` where one of them is inlined.
-
-    In eager mode they are `recompute(module, label)` and `run_inlined(module, ...)`.
-    """
-    scope: dict[str, Any] = {"is_scripting": is_scripting, "recompute": recompute}
-    made: dict[str, Any] = {}
+def methods(base: type[nn.Module], recipes: "tuple[Recipe, ...]", eager: dict[str, Any]) -> dict[str, Any]:
+    """What a class that carries `recipes` needs for TorchScript: methods of its own, and those of `eager` mode as
+    TorchScript can read them, which do the same when they are called."""
+    scope: dict[str, Any] = {"is_scripting": is_scripting}
     is_rnn, inlined = issubclass(base, nn.RNNBase), any(recipe.inlined for recipe in recipes)
     source = _recompute_source(recipes, scope, is_rnn)
     explicit = any(not recipe.inlined for recipe in recipes)
-    made["_recompute_normed"] = Exported(define(source, "_recompute_normed", base, scope), explicit)
-    if is_rnn:  # the first thing that the forward of an RNN calls; that forward itself is overloaded and stays as it is
+    made: dict[str, Any] = {"_recompute_normed": Exported(define(source, "_recompute_normed", base, scope), explicit)}
+    if "_update_flat_weights" in eager:
+        scope["eager"] = eager["_update_flat_weights"]
         scripted = _RECOMPUTE_INLINED if inlined else _RECOMPUTE_IF_NEVER_TOLD
-        before = f"if is_scripting():\n{indent(scripted, '    ')}\n"
-        if inlined:
-            before += 'else:\n    recompute(self, "inlined")\n'
-        source = "def _update_flat_weights(self) -> None:\n" + indent(before, "    ")
+        lines = f"if is_scripting():\n{indent(scripted, '    ')}\nelse:\n    eager(self)\n"
+        source = "def _update_flat_weights(self) -> None:\n" + indent(lines, "    ")
         made["_update_flat_weights"] = define(source, "_update_flat_weights", base, scope)
-    elif inlined and base.forward is not nn.Module.forward:
+    if "forward" in eager:
         made["_forward_of_base"] = _renamed(base.forward, "_forward_of_base")
-        made["forward"] = _wrapped_forward(base, _RECOMPUTE_INLINED, run_inlined)
+        made["forward"] = _wrapped_forward(base, _RECOMPUTE_INLINED, eager["forward"])
     return made
 
 
@@ -221,7 +213,7 @@ def _statements(
 
 
 def _wrapped_forward(base: type[nn.Module], before: str, eager: Any) -> Any:
-    """The function `eager` as the forward of a class; TorchScript unwraps it, and finds one that does `before` first.
+    """The function `eager` as a forward for TorchScript too, which unwraps it and finds one that does `before` first.
 
     That one has the signature of the base's, word for word.
     """
