@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from textwrap import dedent, indent
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -28,8 +28,23 @@ _jit: Any = getattr(torch, "jit", None)
 _USED = ("Attribute", "annotations", "export", "freeze", "interface", "script")
 IS_THERE = all(hasattr(_jit, name) for name in _USED) and hasattr(torch._C, "_jit_pass_inline")
 
-if TYPE_CHECKING:
-    from ..carrier.recipe import Recipe
+
+class Recipe(Protocol):
+    """What is asked here of a `carrier.Recipe`, which says what it is."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def inlined(self) -> bool: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def formula(self) -> Callable[..., torch.Tensor]: ...
+    @property
+    def advance(self) -> Callable[..., None] | None: ...
+    def attribute(self, part: str) -> str: ...
+    def parts_of(self, function: Callable[..., Any]) -> tuple[str, ...]: ...
+    def options_of(self, function: Callable[..., Any]) -> dict[str, Any]: ...
 
 
 def _never() -> bool:
@@ -92,7 +107,7 @@ def script(model: nn.Module) -> Any:
     return scripted
 
 
-def prepare(module: nn.Module, recipes: "tuple[Recipe, ...]") -> None:
+def prepare(module: nn.Module, recipes: tuple[Recipe, ...]) -> None:
     """Called for every carrier that `torch.jit.script` is about to compile.
 
     TorchScript makes as many modules of a layer as it has names (`self.fc`, and again in `self.body`). They share their
@@ -114,7 +129,7 @@ def prepare(module: nn.Module, recipes: "tuple[Recipe, ...]") -> None:
         carrier.forward = _wrapped_forward(base, _RECOMPUTE_IF_NEVER_TOLD, _run_base)
 
 
-def methods(base: type[nn.Module], recipes: "tuple[Recipe, ...]", eager: dict[str, Any]) -> dict[str, Any]:
+def methods(base: type[nn.Module], recipes: tuple[Recipe, ...], eager: dict[str, Any]) -> dict[str, Any]:
     """What a class that carries `recipes` needs for TorchScript: methods of its own, and those of `eager` mode as
     TorchScript can read them, which do the same when they are called."""
     scope: dict[str, Any] = {"is_scripting": is_scripting}
@@ -160,7 +175,7 @@ _LOOK_FOR_A_TRACE = ("module_has_exports", "make_stubs_from_exported_methods")
 """The functions of torch that look for marks when they trace; `torch.jit.script` has one of its own."""
 
 
-def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[str, Any]:
+def declarations(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> dict[str, Any]:
     """What the instance `__dict__` of a carrier holds for TorchScript, which finds attributes nowhere else.
 
     They only declare the types; the values are those that the class's descriptors of the same names give.
@@ -174,7 +189,7 @@ def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[s
     return declared
 
 
-def _recompute_source(recipes: "tuple[Recipe, ...]", scope: dict[str, Any], is_rnn: bool) -> str:
+def _recompute_source(recipes: tuple[Recipe, ...], scope: dict[str, Any], is_rnn: bool) -> str:
     """The source of `_recompute_normed`; the functions it calls are added to `scope`."""
     lines = ["def _recompute_normed(self, label: str) -> None:"]
     keyword = "if"
@@ -191,9 +206,7 @@ def _recompute_source(recipes: "tuple[Recipe, ...]", scope: dict[str, Any], is_r
     return "\n".join(lines) + "\n"
 
 
-def _statements(
-    recipe: "Recipe", index: int, scope: dict[str, Any], is_rnn: bool, advance: bool = True
-) -> Iterator[str]:
+def _statements(recipe: Recipe, index: int, scope: dict[str, Any], is_rnn: bool, advance: bool = True) -> Iterator[str]:
     """The lines that rebuild one weight, in TorchScript."""
 
     def call(function: Callable[..., Any]) -> str:
