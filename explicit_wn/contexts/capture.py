@@ -116,11 +116,13 @@ def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
         b = y @ self.fc.weight         # the same key in the same state: the tensor of the line before
         with torch.no_grad():
             c = z @ self.fc.weight     # another state: computes again, without a gradient
-        self.fc.weight_g.mul_(2)
-        d = x @ self.fc.weight         # another version of g: computes again
+            self.fc.weight_g.mul_(2)
+            d = x @ self.fc.weight     # another version of g: computes again
 
-    a trace holds three computations, and the program that comes of it has them each time that it runs. Parts that are
-    `changing` (u and v, which the next iteration changes in place) go in as copies where there may be a backward.
+    an exported program holds three computations, each time that it runs. (Compiled under no_grad it has two, since `c`
+    is in the state of `b` there. Compiled for training it fails as in eager mode: the backward wants the old g.) Parts
+    that are `changing` (u and v, which the next iteration changes in place) go in as copies where there may be a
+    backward.
     """
     known = _once.get((formula, changing))
     if known is not None:

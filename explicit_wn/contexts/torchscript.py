@@ -74,7 +74,7 @@ def shape_of(tensor: torch.Tensor) -> list[int]:
         torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
-NAMES = ("_recompute_normed", "_forward_of_base", "_was_told_to_recompute")
+ATTRIBUTES = ("_recompute_normed", "_forward_of_base", "_was_told_to_recompute")
 """What a carrier has for TorchScript, besides `forward`."""
 
 

@@ -20,7 +20,7 @@ INSTEAD = {
         is_scripting = is_tracing = is_traced = is_scripted = lambda *_: False
         shape_of = lambda tensor: list(tensor.shape)
         methods = declarations = lambda *_: {}
-        script, NAMES = None, ()
+        script, ATTRIBUTES = None, ()
     """,
     "capture": """
         import contextlib
