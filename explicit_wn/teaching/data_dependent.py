@@ -1,4 +1,4 @@
-"""The data-dependent initialization of the paper."""
+"""The data-dependent initialization of the paper, g and bias from a batch."""
 
 import contextlib
 import functools
