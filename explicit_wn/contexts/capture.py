@@ -1,8 +1,5 @@
 """All that graph capture (`torch.compile`, `torch.export`, functorch) needs.
 
-The rest of the package asks here whether somebody looks on, and what is to be done then. Where nobody ever does,
-constants would do: for eager mode nothing else is needed of this file.
-
 While a graph is captured nothing is stored on the module: a weight is computed where it is read. `once` sees to it
 that however many reads follow one `recompute`, the captured graph holds one computation. Dynamo does not look into it:
 for `torch.compile` it is an operator of torch, for a strict export a function that is allowed in its graphs.

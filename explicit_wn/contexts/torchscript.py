@@ -1,8 +1,5 @@
 """All that `torch.jit` needs.
 
-The rest of the package asks here whether it is compiled or traced, and gives its classes what is written here for
-TorchScript. Where there is none, constants would do: for eager mode nothing else is needed of this file.
-
 TorchScript compiles source text, looks attributes up by literal names, and passes a module as an argument only through
 a *module interface*. So every class of a carrier gets methods whose source is written here.
 
