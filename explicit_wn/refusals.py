@@ -158,7 +158,7 @@ PARAMETERS: tuple[Refusal, ...] = (
 
 def is_reserved(name: str) -> bool:
     """Whether torch, Python or a carrier needs that name itself."""
-    ours = hasattr(carrier.Carrier, name) or name in torchscript.NAMES
+    ours = hasattr(carrier.Carrier, name) or name in torchscript.ATTRIBUTES
     return ours or name.startswith(("__", "_normed")) or unicodedata.normalize("NFKC", name) != name
 
 

@@ -1,9 +1,11 @@
 """Tables for people: aligned in a terminal, HTML in a notebook."""
 
 import html
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import zip_longest
 from typing import Any
+
+import attrs
 
 
 class Table:
@@ -30,19 +32,24 @@ class Table:
         return f"<table><tr>{titles}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
 
+def cells_of(kind: type, rows: Iterable[Any], without: Collection[str] = ()) -> list[list[str]]:
+    """Records of an attrs class as cells: a column for each field, under its name, but for those that are left out."""
+    names = [field.name for field in attrs.fields(kind) if field.name not in without]
+    return [names, *([_shown(getattr(row, name)) for name in names] for row in rows)]
+
+
 def shape_shown(shape: tuple[int, ...]) -> str:
     """A shape as tables show it: `3×2`, and `number` for that of a single one."""
     return "×".join(map(str, shape)) or "number"
 
 
-def shown(value: Any) -> str:
-    """The field of a record as a cell."""
-    return shape_shown(value) if isinstance(value, tuple) else str(value)
-
-
 def parts_shown(parts: Mapping[str, Any]) -> str:
     """The parts of a weight with their shapes: `g 3×1, v 3×2`."""
     return ", ".join(f"{part} {shape_shown(tuple(value.shape))}" for part, value in parts.items())
+
+
+def _shown(value: Any) -> str:
+    return shape_shown(value) if isinstance(value, tuple) else str(value)
 
 
 def _preformatted(cell: str) -> str:

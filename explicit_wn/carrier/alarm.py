@@ -43,18 +43,12 @@ def tell_lost_writes(module: nn.Module) -> None:
         tell_lost_write(module, recipe)
 
 
-handed_out: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""The modules of which somebody was given a weight that he may write into."""
-
-
-def _tell_before_capture() -> None:
+def tell_before_capture() -> None:
+    """`tell_lost_writes` for what is about to be captured."""
     models = running() if handed_out else []
     captured = {module for model in models for module in model.modules()}
     for module in captured.intersection(handed_out) if models else list(handed_out):  # a strict export runs none itself
         tell_lost_writes(module)
-
-
-capture.before_capture.append(_tell_before_capture)
 
 
 _LOOK = ("extra_repr", "flatten_parameters", "all_weights")
@@ -74,7 +68,14 @@ def is_only_looked_at() -> bool:
 
 
 # Writes
+#
+# A weight that a read has to compute is *handed out*: whoever reads it may write into it, unless that is torch's own
+# code, or a forward. It is *sealed* then: a write breaks the sums that are `Stored.seal`. The next such read hands out
+# another, which has those before in `Stored.earlier`. `Store.times_handed_out` counts them, since sums take time, and
+# `handed_out` has the modules to look at before a capture.
 
+handed_out: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""The modules of which somebody was given a weight that he may write into."""
 
 ENOUGH = 100
 """So often a weight is watched that is handed out: who has written into none of so many is no initialization."""
@@ -87,10 +88,10 @@ def seal(module: nn.Module, name: str, value: Tensor) -> Tensor | None:
     """
     if next(callers()).f_globals.get("__name__", "").startswith("torch."):
         return None
-    looks = store_of(module).looks
-    if looks.get(name, 0) >= ENOUGH or any(frame.f_code.co_name == "forward" for frame in callers()):
+    times = store_of(module).times_handed_out
+    if times.get(name, 0) >= ENOUGH or any(frame.f_code.co_name == "forward" for frame in callers()):
         return None
-    looks[name] = looks.get(name, 0) + 1
+    times[name] = times.get(name, 0) + 1
     handed_out.add(module)
     return _sums(value)
 
@@ -185,9 +186,9 @@ class _Place:
         self.norm, self.owner = "wn", None
         for depth in range(len(names), -1, -1):
             owner = model.get_submodule(".".join(names[:depth]))
-            held = [name for name, child in owner._modules.items() if getattr(child, "_label", None) in recipe.labels]
-            if held:
-                self.norm, self.owner = f"self.{held[0]}", owner
+            norms = [name for name, child in owner._modules.items() if getattr(child, "_label", None) in recipe.labels]
+            if norms:
+                self.norm, self.owner = f"self.{norms[0]}", owner
                 break
         self.target = "self" if self.owner else "model"
         self.target += "".join(f"[{n}]" if n.isdigit() else f".{n}" for n in names[depth:])

@@ -1,33 +1,28 @@
-"""The generated class of a carrier: how it is copied, moved and loaded, and how a module becomes one."""
+"""The generated class of a carrier: how it is copied and moved, and how a module becomes one."""
 
-import contextlib
 import copyreg
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
 from ..contexts import torchscript
-from . import weight
+from . import inlined, loading, straight
 from .alarm import tell_lost_writes
 from .recipe import Recipe, base_of
 from .store import Store, store_of
-from .straight import Straight, recompute_of
-from .straight import straight as write_straight
-from .undo import all_or_nothing, values_or_nothing
-from .weight import Derived, FlatWeights, forget, recompute, run_inlined
+from .weight import Derived, FlatWeights, forget
 
 
 class Carrier(nn.Module):
     """The first base of every generated class."""
 
     _normed: tuple[Recipe, ...] = ()
-    _normed_straight: list[Straight] = []
+    _normed_functions: list[straight.Functions] = []
     _normed_recompute: dict[str, Callable[[nn.Module], None]] = {}
 
     def extra_repr(self) -> str:
@@ -54,20 +49,8 @@ class Carrier(nn.Module):
         return applied
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        errors = rest[-1]  # what load_state_dict raises in the end
-        known = len(errors)
-        with contextlib.suppress(_DoesNotFit), all_or_nothing(self), values_or_nothing(_own_tensors(self)):
-            for recipe in self._normed:
-                recipe.norm._respell(state_dict, prefix, recipe.parts)
-                problem = _split_plain(self, recipe, state_dict, prefix)
-                if problem:
-                    errors.append(problem)
-            if len(errors) == known:
-                store_of(self).clear()
-                super()._load_from_state_dict(state_dict, prefix, *rest)
-            if len(errors) > known:
-                raise _DoesNotFit
-        store_of(self).clear()
+        load_parts = functools.partial(super()._load_from_state_dict, state_dict, prefix, *rest)
+        loading.load(self, self._normed, state_dict, prefix, rest[-1], load_parts)
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         tell_lost_writes(self)  # which the file will not have
@@ -110,34 +93,6 @@ def forget_all(module: nn.Module) -> None:
         forget(module, recipe)
 
 
-class _DoesNotFit(Exception):
-    """What a checkpoint has for a module is not what the module holds."""
-
-
-def _own_tensors(module: nn.Module) -> list[Tensor]:
-    own: list[Any] = [*module._parameters.values(), *module._buffers.values()]
-    return [tensor for tensor in own if tensor is not None and not is_lazy(tensor)]
-
-
-def _split_plain(module: nn.Module, recipe: Recipe, state_dict: dict[str, Any], prefix: str) -> str | None:
-    """Replaces a plain weight in `state_dict` by its parts; says why if it cannot."""
-    key, attributes = prefix + recipe.name, [prefix + attribute for attribute in recipe.attributes]
-    weight = state_dict.get(key)
-    if not isinstance(weight, Tensor) or any(attribute in state_dict for attribute in attributes):
-        return None  # left for torch to report, if it is there
-    del state_dict[key]
-    with torch.no_grad():
-        current = recipe.compute(module)
-    if weight.shape != current.shape or not weight.is_floating_point():
-        got, wanted = f"{weight.dtype} {tuple(weight.shape)}", f"{current.dtype} {tuple(current.shape)}"
-        return f"{key} in the checkpoint is {got}, and {base_of(module).__name__} has {wanted}"
-    objection = recipe.norm.objection(weight)
-    if objection:
-        return f"{recipe.norm!r} cannot norm {key} of the checkpoint: {objection}"
-    state_dict.update(zip(attributes, recipe.norm.split(weight).values(), strict=True))
-    return None
-
-
 def recipes_of(module: nn.Module) -> tuple[Recipe, ...]:
     """What `module` carries."""
     return module._normed if isinstance(module, Carrier) else ()
@@ -162,17 +117,19 @@ def carrier_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn
 def _make_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.Module]:
     for recipe in recipes:
         _ = recipe.operator  # made before Dynamo looks for it
-    straight = [write_straight(recipe, base, weight) for recipe in recipes]
+    functions = [straight.functions_of(recipe, base) for recipe in recipes]
     namespace: dict[str, Any] = {name: getattr(base, name, None) for name in ("__module__", "__qualname__", "__doc__")}
     # TorchScript reads the annotations of the first class in the MRO that has any
     namespace["__annotations__"] = next(filter(None, map(inspect.get_annotations, base.__mro__)), {})
-    namespace |= {"_normed_base": base, "_normed": recipes, "_normed_straight": straight}
-    namespace["_normed_inlined"] = [one for one in straight if one.recipe.inlined]
-    namespace["_normed_recompute"] = {label: recompute_of(straight, label) for one in recipes for label in one.labels}
+    namespace |= {"_normed_base": base, "_normed": recipes, "_normed_functions": functions}
+    namespace["_normed_inlined"] = [one for one in functions if one.recipe.inlined]
+    labels = [label for recipe in recipes for label in recipe.labels]
+    namespace["_normed_recompute"] = {label: straight.recompute_of(functions, label) for label in labels}
     ignored = [*getattr(base, "__jit_ignored_attributes__", []), "_normed_store"]
     namespace["__jit_ignored_attributes__"] = ignored  # TorchScript would try, long and in vain, to compile it
-    namespace |= {one.name: Derived(one.recipe, one.read) for one in straight}
-    namespace |= torchscript.methods(base, recipes, recompute, run_inlined)
+    namespace |= {one.name: Derived(one.recipe, one.read) for one in functions}
+    eager = inlined.methods(base, recipes)
+    namespace |= eager | torchscript.methods(base, recipes, eager)
     if issubclass(base, nn.RNNBase):
         namespace["_flat_weights"] = FlatWeights()
     return type(base.__name__, (Carrier, base), namespace)

@@ -51,7 +51,7 @@ class Store(dict[str, Stored]):
         """The threads that copy or pickle the module now."""
         self.told: set[tuple[str, str]] = set()
         """What was said already, of which weight."""
-        self.looks: dict[str, int] = {}
+        self.times_handed_out: dict[str, int] = {}
         """How often each weight was handed out to somebody who may write into it."""
 
     @property

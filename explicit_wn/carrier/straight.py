@@ -2,7 +2,9 @@
 
 `weight.py` defines what is right in every case, in functions that can be read. A small layer feels each of them, so
 here is what they do where nothing unusual is going on: the parts are the module's own, no graph is captured, no
-transform runs, no block holds the weights. Whatever is not so goes back to them at the first line.
+transform runs, no block holds the weights. Where it is otherwise they leave for the careful ones: before they have
+changed anything, or, where somebody may have written into the stored weight, having put it back. The norm's `quick`
+way to the weight stands before its `formula`; `advance` stands before both, in training mode.
 """
 
 import inspect
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 from ..contexts import capture
 from ..contexts.torchscript import is_traced
 from ..source import define, literal
+from . import weight as carefully
 from .recipe import Recipe
+from .store import Stored
 
 RECOMPUTE = """
 def recompute(module):
@@ -100,8 +104,8 @@ def read(module):
 
 
 @attrs.frozen(eq=False)
-class Straight:
-    """What one recipe is in one class."""
+class Functions:
+    """What one recipe does in one class."""
 
     recipe: Recipe
     name: str
@@ -114,8 +118,8 @@ class Straight:
     """The weight, as a read of the attribute gives it."""
 
 
-def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
-    """The functions for a class that carries `recipe`; `carefully` has those for what is not ordinary."""
+def functions_of(recipe: Recipe, base: type[nn.Module]) -> Functions:
+    """The functions for a class that carries `recipe`."""
     quick = _quick_of(type(recipe.norm))
     text = _text_of(recipe, quick)
     scope: dict[str, Any] = {
@@ -124,7 +128,7 @@ def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
         "formula": recipe.formula,
         "quick": quick,
         "advance": recipe.advance,
-        "Stored": carefully.Stored,
+        "Stored": Stored,
         "Parameter": nn.Parameter,
         "Tensor": Tensor,
         "capturing": capture.capturing,
@@ -137,7 +141,7 @@ def straight(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
         return define(_fill(template, text), name, base, dict(scope))
 
     read = READ_INLINED if recipe.inlined else READ
-    return Straight(recipe, recipe.name, made(RECOMPUTE, "recompute"), made(COMPUTE, "compute"), made(read, "read"))
+    return Functions(recipe, recipe.name, made(RECOMPUTE, "recompute"), made(COMPUTE, "compute"), made(read, "read"))
 
 
 def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict[str, str]:
@@ -172,9 +176,9 @@ def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict
     }
 
 
-def recompute_of(straight: list[Straight], label: str) -> Callable[[nn.Module], None]:
+def recompute_of(weights: list[Functions], label: str) -> Callable[[nn.Module], None]:
     """The function that recomputes all weights that bear `label`."""
-    bear = [one.recompute for one in straight if label in one.recipe.labels]
+    bear = [one.recompute for one in weights if label in one.recipe.labels]
 
     def recompute(module: nn.Module) -> None:
         for one in bear:

@@ -15,48 +15,63 @@ import torch
 from torch import Tensor, nn
 
 from ..contexts import capture, torchscript
-from .alarm import seal, tell_lost_write, tell_stale
-from .recipe import INLINED, Recipe, base_of
+from .alarm import seal, tell_before_capture, tell_lost_write, tell_stale
+from .recipe import Recipe, base_of
 from .store import Stored, store_of, version_of
 
+# A recompute
 
-def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
-    """Computes a weight and stores it."""
-    store, earlier = store_of(module), _handed_out(module, recipe) if by_read else ()
-    forget(module, recipe)  # freed before its successor is allocated: the same memory is used again
+
+def recompute_recipe(module: nn.Module, recipe: Recipe) -> None:
+    """Computes and stores a weight; stores nothing for a captured graph or a functorch transform."""
+    if capture.capturing():
+        advance(module, recipe)
+    elif not is_held(module, recipe):
+        forget(module, recipe)
+        advance(module, recipe)
+        if not _is_for_once(module, recipe):  # else whoever reads it computes it
+            show_to_blocks(module, recipe, _compute_and_store(module, recipe))
+
+
+def is_held(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether a `cached` block keeps the weight; not from torch.jit.trace or torch.fx, which want to see all of it."""
+    if not store_of(module).held or torchscript.is_traced():
+        return False
+    return capture.is_getattr_torchs() or not isinstance(getattr(module, recipe.attributes[0]), torch.fx.Proxy)
+
+
+def forget(module: nn.Module, recipe: Recipe) -> None:
+    """Drops what is stored of a weight, and says so if somebody had written into it.
+
+    That comes before its successor is allocated: the same memory is used again.
+    """
+    tell_lost_write(module, recipe)
+    store_of(module).pop(recipe.name, None)
+
+
+def advance(module: nn.Module, recipe: Recipe) -> None:
+    """What a recompute in training mode does first."""
+    if recipe.advance is not None and module.training:
+        parts = recipe.read(module)
+        recipe.advance(**{part: parts[part] for part in recipe.advance_parts}, **recipe.advance_options)
+
+
+def _is_for_once(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether functorch runs, or `functional_call` with tensors in the place of the parameters: both leave nothing."""
+    return capture.is_transformed() or any(type(module._parameters.get(name)) is Tensor for name in recipe.attributes)
+
+
+def _compute_and_store(
+    module: nn.Module, recipe: Recipe, by_read: bool = False, earlier: tuple[Stored, ...] = ()
+) -> Tensor:
     value = compute(module, recipe, by_read)
     if not isinstance(value, torch.fx.Proxy):
-        sources = recipe.sources(module)
+        store, sources = store_of(module), recipe.sources(module)
         sums = seal(module, recipe.name, value) if by_read else None
         store[recipe.name] = Stored(value, sources, version_of(sources), get_ident(), sums, earlier)
         if (get_ident(), recipe.name) in store.running:  # a recompute within the forward of an inlined module
             store.running[get_ident(), recipe.name] = value
     return value
-
-
-def _handed_out(module: nn.Module, recipe: Recipe) -> tuple[Stored, ...]:
-    """What somebody may write into still, who is given the next: `w.uniform_(-bound(w), bound(w))` reads thrice.
-
-    Those are looked at in the end; now it is the turn of the last, and of the first where there are too many.
-    """
-    stored = store_of(module).get(recipe.name)
-    if stored is None or stored.seal is None:
-        return ()
-    earlier, stored.earlier = stored.earlier, stored.earlier[2:]
-    return attrs.evolve(stored, earlier=()), *earlier[:2]
-
-
-def forget(module: nn.Module, recipe: Recipe) -> None:
-    """Drops what is stored of a weight, and says so if somebody had written into it."""
-    tell_lost_write(module, recipe)
-    store_of(module).pop(recipe.name, None)
-
-
-def in_use(module: nn.Module, name: str) -> Tensor | None:
-    """The tensor that this thread was last given as the weight `name`."""
-    store = store_of(module)
-    stored = store.get(name)
-    return store.running.get((get_ident(), name), None if stored is None else stored.value)
 
 
 def compute(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
@@ -84,49 +99,6 @@ def _refuse_sharded(module: nn.Module, recipe: Recipe) -> None:
         )
 
 
-def recompute(module: nn.Module, label: str) -> None:
-    """Computes and stores every weight of `module` that bears `label`; within a captured graph, stores nothing."""
-    if capture.capturing() or get_ident() not in store_of(module).copying:
-        type(module)._normed_recompute[label](module)  # type: ignore[attr-defined]
-
-
-def recompute_recipe(module: nn.Module, recipe: Recipe) -> None:
-    """Computes and stores a weight; stores nothing for a captured graph or a functorch transform."""
-    if capture.capturing():
-        advance(module, recipe)
-    elif not _is_held(module, recipe):
-        forget(module, recipe)
-        advance(module, recipe)
-        if not _is_for_once(module, recipe):  # else whoever reads it computes it
-            _show_to_blocks(module, recipe, refresh(module, recipe))
-
-
-def _show_to_blocks(module: nn.Module, recipe: Recipe, value: Tensor) -> None:
-    """Shows a recompute to the blocks that run; not one for a functorch transform or a tracer."""
-    blocks = store_of(module).blocks
-    if blocks and not (_is_for_once(module, recipe) or torchscript.is_traced() or isinstance(value, torch.fx.Proxy)):
-        for block in tuple(blocks):
-            block.on_recompute(module, recipe, value)
-
-
-def advance_and_compute(module: nn.Module, recipe: Recipe) -> Tensor:
-    """The weight as a recompute makes it; stores nothing."""
-    advance(module, recipe)
-    return compute(module, recipe)
-
-
-def _is_for_once(module: nn.Module, recipe: Recipe) -> bool:
-    """Whether functorch runs, or `functional_call` with tensors in the place of the parameters: both leave nothing."""
-    return capture.is_transformed() or any(type(module._parameters.get(name)) is Tensor for name in recipe.attributes)
-
-
-def advance(module: nn.Module, recipe: Recipe) -> None:
-    """What a recompute in training mode does first."""
-    if recipe.advance is not None and module.training:
-        parts = recipe.read(module)
-        recipe.advance(**{part: parts[part] for part in recipe.advance_parts}, **recipe.advance_options)
-
-
 def _refuse_symbolic_trace(module: nn.Module, recipe: Recipe) -> None:
     """torch.fx records what is done to parameters, in the forwards that it looks into. What else there is, it loses."""
     what = f"torch.fx.symbolic_trace does not see recompute({base_of(module).__name__})"
@@ -143,27 +115,21 @@ def _refuse_symbolic_trace(module: nn.Module, recipe: Recipe) -> None:
             )
 
 
-def _is_held(module: nn.Module, recipe: Recipe) -> bool:
-    """Whether a `cached` block keeps the weight; not from torch.jit.trace or torch.fx, which want to see all of it."""
-    if not store_of(module).held or torchscript.is_traced():
-        return False
-    return capture.is_getattr_torchs() or not isinstance(getattr(module, recipe.attributes[0]), torch.fx.Proxy)
+def show_to_blocks(module: nn.Module, recipe: Recipe, value: Tensor) -> None:
+    """Shows a recompute to the blocks that run; not one for a functorch transform or a tracer."""
+    blocks = store_of(module).blocks
+    if blocks and not (_is_for_once(module, recipe) or torchscript.is_traced() or isinstance(value, torch.fx.Proxy)):
+        for block in tuple(blocks):
+            block.on_recompute(module, recipe, value)
 
 
-on_read: Callable[[nn.Module, Recipe], None] | None = None
-"""Called at every read of a normed weight in eager mode, while `detect_stale` is on."""
+def advance_and_compute(module: nn.Module, recipe: Recipe) -> Tensor:
+    """The weight as a recompute makes it; stores nothing."""
+    advance(module, recipe)
+    return compute(module, recipe)
 
 
-def is_current(stored: Stored, module: nn.Module, recipe: Recipe) -> bool:
-    """Whether what is stored was made of the tensors that are the parts now, and is for this thread."""
-    if stored.thread != get_ident() and not store_of(module).held:
-        return False
-    parameters, buffers = module._parameters, module._buffers
-    for source, name in zip(stored.sources, recipe.attributes):  # noqa: B905 - strict takes longer
-        if parameters.get(name) is not source and buffers.get(name) is not source:
-            now = recipe.sources(module)  # a part that another tool computes may have several
-            return len(now) == len(stored.sources) and all(map(operator.is_, now, stored.sources))
-    return True
+# A read
 
 
 def read(module: nn.Module, recipe: Recipe) -> Tensor:
@@ -171,7 +137,7 @@ def read(module: nn.Module, recipe: Recipe) -> Tensor:
     if capture.capturing():
         if not torch.compiler.is_dynamo_compiling():
             tell_lost_write(module, recipe)
-        elif not capture.announce_to_dynamo():
+        elif not _announce():
             value: Tensor = recipe.operator.call(*recipe.read(module).values())
             return value
         return recipe.operator.formula(**recipe.read(module), **recipe.formula_options)
@@ -196,6 +162,48 @@ def read(module: nn.Module, recipe: Recipe) -> Tensor:
     return stored.value
 
 
+on_read: Callable[[nn.Module, Recipe], None] | None = None
+"""Called at every read of a normed weight in eager mode, while `detect_stale` is on."""
+
+
+@capture.run_by_dynamo
+def _announce() -> bool:
+    """Tells of lost writes before a compiler comes, who does not see what is stored; whether it is for an export."""
+    tell_before_capture()
+    return capture.announce_to_dynamo()
+
+
+def is_current(stored: Stored, module: nn.Module, recipe: Recipe) -> bool:
+    """Whether what is stored was made of the tensors that are the parts now, and is for this thread."""
+    if stored.thread != get_ident() and not store_of(module).held:
+        return False
+    parameters, buffers = module._parameters, module._buffers
+    for source, name in zip(stored.sources, recipe.attributes):  # noqa: B905 - strict takes longer
+        if parameters.get(name) is not source and buffers.get(name) is not source:
+            now = recipe.sources(module)  # a part that another tool computes may have several
+            return len(now) == len(stored.sources) and all(map(operator.is_, now, stored.sources))
+    return True
+
+
+def refresh(module: nn.Module, recipe: Recipe, by_read: bool = False) -> Tensor:
+    """Computes a weight anew, without what a recompute does first, and stores it."""
+    earlier = _handed_out(module, recipe) if by_read else ()
+    forget(module, recipe)
+    return _compute_and_store(module, recipe, by_read, earlier)
+
+
+def _handed_out(module: nn.Module, recipe: Recipe) -> tuple[Stored, ...]:
+    """What somebody may write into still, who is given the next: `w.uniform_(-bound(w), bound(w))` reads thrice.
+
+    Those are looked at in the end; now it is the turn of the last, and of the first where there are too many.
+    """
+    stored = store_of(module).get(recipe.name)
+    if stored is None or stored.seal is None:
+        return ()
+    earlier, stored.earlier = stored.earlier, stored.earlier[2:]
+    return attrs.evolve(stored, earlier=()), *earlier[:2]
+
+
 class Derived:
     """The weight as an attribute of its module."""
 
@@ -216,15 +224,6 @@ class Derived:
         self.__set__(module, None)
 
 
-def _has_current(module: nn.Module, recipe: Recipe, stored: Mapping[str, Stored]) -> bool:
-    if recipe.inlined and not store_of(module).held:
-        return False  # as in `read`
-    has = recipe.name in stored and is_current(stored[recipe.name], module, recipe)
-    if has and stored[recipe.name].is_stale():
-        tell_stale(module, recipe)
-    return has
-
-
 class FlatWeights:
     """`_flat_weights` of an RNN, the list that its forward reads, made of what its attributes say now."""
 
@@ -242,27 +241,17 @@ class FlatWeights:
         """RNNs set the list wherever they think that it may be out of date; it never is."""
 
 
-def run_inlined(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
-    """The forward of an inlined module: its weights are there while its own forward runs, and no longer.
+def _has_current(module: nn.Module, recipe: Recipe, stored: Mapping[str, Stored]) -> bool:
+    if recipe.inlined and not store_of(module).held:
+        return False  # as in `read`
+    has = recipe.name in stored and is_current(stored[recipe.name], module, recipe)
+    if has and stored[recipe.name].is_stale():
+        tell_stale(module, recipe)
+    return has
 
-    So whoever else reads one gets it computed for him, fresh and with a gradient of its own: nn.MultiheadAttention
-    reads the weight of a layer that it never calls.
-    """
-    if capture.capturing():
-        recompute(self, INLINED)
-        return self._forward_of_base(*arguments, **keywords)
-    inlined, store = self._normed_inlined, self._normed_store
-    if store.blocks and _is_held(self, inlined[0].recipe):
-        return self._forward_of_base(*arguments, **keywords)
-    thread = get_ident()
-    try:
-        for straight in inlined:
-            if straight.name in store:  # what a recompute or a read from outside left
-                forget(self, straight.recipe)
-            value = store.running[thread, straight.name] = straight.compute(self)
-            if store.blocks:
-                _show_to_blocks(self, straight.recipe, value)
-        return self._forward_of_base(*arguments, **keywords)
-    finally:
-        for straight in inlined:
-            store.running.pop((thread, straight.name), None)
+
+def in_use(module: nn.Module, name: str) -> Tensor | None:
+    """The tensor that this thread was last given as the weight `name`."""
+    store = store_of(module)
+    stored = store.get(name)
+    return store.running.get((get_ident(), name), None if stored is None else stored.value)

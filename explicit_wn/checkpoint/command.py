@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from . import files
 from .files import Asked, Tick
-from .spellings import SPELLINGS, Dim
+from .spellings import SPELLINGS, KeptDim
 
 _DESCRIPTION = """\
 Weight norm and spectral norm in checkpoints, without the model: what there is,
@@ -123,7 +123,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _dim(text: str) -> tuple[str, Dim]:
+def _dim(text: str) -> tuple[str, KeptDim]:
     name, equals, dim = text.rpartition("=")
     if not equals or not (dim == "none" or dim.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIM, with a number from 0 or none")

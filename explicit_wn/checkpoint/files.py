@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from . import shards, state
-from .format import Stored, header, read_header, write_tensor
-from .spellings import Dim, Shape
+from .format import InFile, header, read_header, write_tensor
+from .spellings import KeptDim, Shape
 from .state import Entry, Report
 
 Tick = Callable[[int, int], None]
@@ -32,7 +32,7 @@ class Asked:
 
     verb: str
     to: str = "plain"
-    dims: Mapping[str, Dim] = attrs.field(factory=dict)
+    dims: Mapping[str, KeptDim] = attrs.field(factory=dict)
     skip: Collection[str] = ()
     force: bool = False
     tick: Tick = lambda done, total: None
@@ -81,8 +81,10 @@ def _respell_shards(index: Path, out: Path, asked: Asked) -> int:
     entries, count = _plan(content, asked)
     groups = shards.grouped(entries, files)
     with whole([*(out / file.name for file in groups), out / index.name], asked.force) as (*targets, new_index):
-        write = _write_torchs if True in formats else _write_safetensors
-        write(content, groups, targets, count, asked)
+        if True in formats:
+            _write_torchs(content, groups, targets, count, asked)
+        else:
+            _write_safetensors(content, groups, targets, asked)
         new_index.write(shards.index_of(content, groups))
     return count
 
@@ -104,9 +106,7 @@ def _write_torchs(content: Mapping[str, Any], groups: Groups, files: list[Binary
             torch.save({name: values[name] for name in group}, file)
 
 
-def _write_safetensors(
-    content: Mapping[str, Stored], groups: Groups, files: list[BinaryIO], count: int, asked: Asked
-) -> None:
+def _write_safetensors(content: Mapping[str, InFile], groups: Groups, files: list[BinaryIO], asked: Asked) -> None:
     ticks, total = itertools.count(1), sum(map(len, groups.values()))
     for (source, group), file in zip(groups.items(), files, strict=True):
         _, metadata = read_header(source)
@@ -171,12 +171,12 @@ def _respell_safetensors(path: Path, out: Path, asked: Asked) -> int:
     content = _read(path)
     entries, count = _plan(content, asked)
     with whole([out], asked.force) as files:
-        _write_safetensors(content, {path: entries}, files, count, asked)
+        _write_safetensors(content, {path: entries}, files, asked)
     return count
 
 
 def _write_one(
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, InFile],
     entries: Mapping[str, Entry],
     metadata: dict[str, str],
     file: BinaryIO,

@@ -38,7 +38,7 @@ _METADATA = "__metadata__"
 
 
 @attrs.frozen
-class Stored:
+class InFile:
     """A tensor in a file."""
 
     file: Path
@@ -83,7 +83,7 @@ def _fill(file: Any, buffer: memoryview) -> None:
         buffer = buffer[count:]
 
 
-def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, InFile], dict[str, str]]:
     """The tensors in a file, by their names, and what else the file says of itself."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -98,16 +98,16 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             raise ValueError(f"{path} is no whole .safetensors file: {error or type(error).__name__}.") from None
 
 
-def _stored(path: Path, after_header: int, size: int, about: dict[str, Any]) -> Stored:
+def _stored(path: Path, after_header: int, size: int, about: dict[str, Any]) -> InFile:
     start, end = (after_header + int(offset) for offset in about["data_offsets"])
-    one = Stored(path, about["dtype"], tuple(map(int, about["shape"])), start, end - start)
+    one = InFile(path, about["dtype"], tuple(map(int, about["shape"])), start, end - start)
     wrong = one.tag in _DTYPES and one.nbytes != math.prod(one.shape) * one.dtype.itemsize
     if not after_header <= start <= end <= size or wrong:
         raise ValueError(f"a tensor of {one.tag} {one.shape} is not where its header says")
     return one
 
 
-def header(entries: Iterable[tuple[str, Stored, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def header(entries: Iterable[tuple[str, InFile, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """The beginning of a file with these names, dtypes and shapes, in this order."""
     about: dict[str, Any] = {_METADATA: metadata} if metadata else {}
     start = 0

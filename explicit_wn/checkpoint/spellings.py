@@ -25,7 +25,8 @@ _BAR = {"orig": "bar", "u": "u", "v": "v"}
 """A spectral norm that many projects copied: the hook's, computed the same, with another name for one part."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-Dim = int | None
+KeptDim = int | None
+"""What a norm keeps, as an index; None for one norm of the whole tensor."""
 Shape = tuple[int, ...]
 
 
@@ -48,7 +49,7 @@ class Normed:
     """The keys of its parts, by our names for the parts."""
     shape: Shape = ()
     """The weight's shape."""
-    dims: tuple[Dim, ...] = ()
+    dims: tuple[KeptDim, ...] = ()
     """The dims that the shapes allow. Those of a weight norm give the same weight."""
     why_not: str | None = None
     """Why it cannot be computed, and the way out."""
@@ -65,7 +66,7 @@ class Normed:
         return f"{prefix}{dot}parametrizations.{last}.{NORMS[self.kind].spellings[part]}"
 
 
-def find(state: Mapping[str, Any], dims: Mapping[str, Dim], skip: Collection[str] = ()) -> Iterator[Normed]:
+def in_parts(state: Mapping[str, Any], dims: Mapping[str, KeptDim], skip: Collection[str] = ()) -> Iterator[Normed]:
     """The weights in `state` that are in parts, but for those to `skip`, with `dims` where they are known."""
     groups: dict[tuple[str, str], dict[str, str]] = {}
     for key in state:
@@ -107,7 +108,7 @@ def _readings(key: Any) -> Iterator[tuple[str, str, str]]:
 
 
 def _understand(
-    name: str, spelling: str, spelled: dict[str, str], state: Mapping[str, Any], dims: Mapping[str, Dim]
+    name: str, spelling: str, spelled: dict[str, str], state: Mapping[str, Any], dims: Mapping[str, KeptDim]
 ) -> Normed | None:
     """What the entries of one weight are; None if they are no norm's."""
     kind, keys = _kind_of(spelling, spelled, state)
@@ -180,7 +181,7 @@ def _what_is_wrong(spelling: str, spelled: dict[str, str]) -> str:
     return f"{shown} are not the parts of one norm"
 
 
-def _dims_of(shapes: dict[str, Shape]) -> tuple[tuple[Dim, ...], str | None]:
+def _dims_of(shapes: dict[str, Shape]) -> tuple[tuple[KeptDim, ...], str | None]:
     """The dims that the shapes allow, and why not one of them can be taken."""
     if "g" not in shapes:
         return _dims_of_spectral(shapes)
@@ -193,7 +194,7 @@ def _dims_of(shapes: dict[str, Shape]) -> tuple[tuple[Dim, ...], str | None]:
     return fits, None
 
 
-def _dims_of_g(g: Shape, v: Shape) -> tuple[Dim, ...]:
+def _dims_of_g(g: Shape, v: Shape) -> tuple[KeptDim, ...]:
     """The dims that g may keep. A single number is the norm of it all, whichever dim of length 1 it is said to keep."""
     fits = [d for d in range(len(v)) if g == shape_of_g(v, d)]
     if fits or len(g) > max(1, len(v)):
@@ -203,7 +204,7 @@ def _dims_of_g(g: Shape, v: Shape) -> tuple[Dim, ...]:
     return tuple(d for d, n in enumerate(v) if g == (n,))  # somebody flattened it
 
 
-def _dims_of_spectral(shapes: dict[str, Shape]) -> tuple[tuple[Dim, ...], str | None]:
+def _dims_of_spectral(shapes: dict[str, Shape]) -> tuple[tuple[KeptDim, ...], str | None]:
     """The dims that may be the rows of the matrix whose singular vectors u and v are."""
     orig, size = shapes["orig"], math.prod(shapes["orig"])
     if "u" not in shapes:
@@ -213,7 +214,9 @@ def _dims_of_spectral(shapes: dict[str, Shape]) -> tuple[tuple[Dim, ...], str | 
     return fits, None if fits else f"its u and v, {u} and {v}, belong to no dim of its weight, {orig}"
 
 
-def _narrowed(allowed: tuple[Dim, ...], why_not: str | None, said: list[Dim]) -> tuple[tuple[Dim, ...], str | None]:
+def _narrowed(
+    allowed: tuple[KeptDim, ...], why_not: str | None, said: list[KeptDim]
+) -> tuple[tuple[KeptDim, ...], str | None]:
     """The dim that was said, if one was."""
     if not said or not allowed:
         return allowed, why_not
@@ -222,5 +225,5 @@ def _narrowed(allowed: tuple[Dim, ...], why_not: str | None, said: list[Dim]) ->
     return (said[0],), None
 
 
-def _any(dims: tuple[Dim, ...]) -> str:
+def _any(dims: tuple[KeptDim, ...]) -> str:
     return "dim " + " or ".join(map(str, dims))

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import functional
 from ..functional.weight import shape_of_g
-from ..table import Table, parts_shown, shown
+from ..table import Table, cells_of, parts_shown
 from . import spellings
-from .spellings import Dim, Normed, Shape, whole_part
+from .spellings import KeptDim, Normed, Shape, whole_part
 
 
 @attrs.frozen
@@ -44,10 +44,7 @@ class Report(Table):
     rows: list[Row]
 
     def cells(self) -> list[list[str]]:
-        fields = [
-            field.name for field in attrs.fields(Row) if field.name != "problem" or any(r.problem for r in self.rows)
-        ]
-        return [fields, *([shown(getattr(row, name)) for name in fields] for row in self.rows)]
+        return cells_of(Row, self.rows, without=() if any(row.problem for row in self.rows) else ("problem",))
 
 
 def report(state: Mapping[str, Any]) -> Report:
@@ -68,7 +65,7 @@ def report(state: Mapping[str, Any]) -> Report:
     return Report(list(_rows(state, "")))
 
 
-def fold(state: Mapping[str, Any], *, dims: Mapping[str, Dim] | None = None, skip: Collection[str] = ()) -> Any:
+def fold(state: Mapping[str, Any], *, dims: Mapping[str, KeptDim] | None = None, skip: Collection[str] = ()) -> Any:
     """A new state dict with every weight norm and spectral norm, in any spelling, baked into a plain weight.
 
     Args:
@@ -90,7 +87,7 @@ def fold(state: Mapping[str, Any], *, dims: Mapping[str, Dim] | None = None, ski
 
 
 def respell(
-    state: Mapping[str, Any], to: str, *, dims: Mapping[str, Dim] | None = None, skip: Collection[str] = ()
+    state: Mapping[str, Any], to: str, *, dims: Mapping[str, KeptDim] | None = None, skip: Collection[str] = ()
 ) -> Any:
     """A new state dict with every norm in the spelling `to`; the arguments are those of `fold`.
 
@@ -124,12 +121,12 @@ class Entry:
 
 
 def plan(
-    verb: str, state: Mapping[str, Any], to: str, dims: Mapping[str, Dim], skip: Collection[str]
+    verb: str, state: Mapping[str, Any], to: str, dims: Mapping[str, KeptDim], skip: Collection[str]
 ) -> dict[str, Entry]:
     """The entries of the result, from names and shapes alone. Refuses what cannot be done."""
     tensors = _tensors(state)
     made: dict[str, dict[str, Entry]] = {}
-    for norm in spellings.find(tensors, dims, skip):
+    for norm in spellings.in_parts(tensors, dims, skip):
         if norm.why_not:
             raise ValueError(f"{verb} cannot take {norm.name!r}: {norm.why_not}; or leave it as it is, by skip.")
         entries = _entries(norm, to, tensors)
@@ -154,12 +151,12 @@ Place = Callable[[Tensor], Tensor]
 """Where a weight that was computed is kept."""
 
 
-def _respelled(verb: str, state: Mapping[str, Any], to: str, dims: Mapping[str, Dim], skip: Collection[str]) -> Any:
+def _respelled(verb: str, state: Mapping[str, Any], to: str, dims: Mapping[str, KeptDim], skip: Collection[str]) -> Any:
     return respelled(verb, state, to, dims, skip, lambda weight: weight)
 
 
 def respelled(
-    verb: str, state: Mapping[str, Any], to: str, dims: Mapping[str, Dim], skip: Collection[str], place: Place
+    verb: str, state: Mapping[str, Any], to: str, dims: Mapping[str, KeptDim], skip: Collection[str], place: Place
 ) -> Any:
     """The result of either verb, with each weight where `place` puts it."""
     _check(verb, state)
@@ -173,12 +170,14 @@ def respelled(
     return results[id(state)]
 
 
-def names_in(state: Mapping[str, Any], dims: Mapping[str, Dim]) -> set[str]:
+def names_in(state: Mapping[str, Any], dims: Mapping[str, KeptDim]) -> set[str]:
     """The names of the weights that are there in parts."""
-    return {norm.name for path, one in _dicts(state, "") for norm in spellings.find(_tensors(_under(path, one)), dims)}
+    return {
+        norm.name for path, one in _dicts(state, "") for norm in spellings.in_parts(_tensors(_under(path, one)), dims)
+    }
 
 
-def check_names(verb: str, known: Collection[str], dims: Mapping[str, Dim], skip: Collection[str]) -> None:
+def check_names(verb: str, known: Collection[str], dims: Mapping[str, KeptDim], skip: Collection[str]) -> None:
     """Refuses the names of weights that are not there in parts."""
     if isinstance(skip, str):
         raise TypeError(f"{verb} takes in skip a list of names, not a str.")
@@ -272,7 +271,7 @@ def _spectral_norm(norm: Normed, orig: Tensor, parts: Mapping[str, Tensor]) -> T
     return functional.spectral_norm(orig, u, v.to(u.dtype), dim)
 
 
-def _dim_that_fits(norm: Normed, orig: Tensor, u: Tensor, v: Tensor) -> Dim:
+def _dim_that_fits(norm: Normed, orig: Tensor, u: Tensor, v: Tensor) -> KeptDim:
     """The dim for which u and v are singular vectors, nearly; any of them if all give the same σ."""
     tried = {dim: _fit(functional.as_matrix(orig, dim).to(u.dtype), u, v) for dim in norm.dims if dim is not None}
     sigmas = torch.stack([sigma for sigma, _ in tried.values()])
@@ -302,7 +301,7 @@ def _rows(state: Mapping[str, Any], path: str) -> Iterator[Row]:
 
 def _rows_of(tensors: dict[str, Any]) -> Iterator[Row]:
     """A row for each norm, at the place of its first part, and for every other matrix."""
-    norms = {key: norm for norm in spellings.find(tensors, {}) for key in norm.keys.values()}
+    norms = {key: norm for norm in spellings.in_parts(tensors, {}) for key in norm.keys.values()}
     shown = set()
     for key, value in tensors.items():
         norm = norms.get(key)

@@ -1,4 +1,4 @@
-"""All that graph capture (`torch.compile`, `torch.export`, functorch) needs; nothing else in the package knows it.
+"""All that graph capture (`torch.compile`, `torch.export`, functorch) needs.
 
 While a graph is captured nothing is stored on the module: a weight is computed where it is read. `once` sees to it
 that however many reads follow one `recompute`, the captured graph holds one computation. Dynamo does not look into it:
@@ -113,11 +113,13 @@ def once(formula: Formula, changing: tuple[str, ...] = ()) -> Formula:
         b = y @ self.fc.weight         # the same key in the same state: the tensor of the line before
         with torch.no_grad():
             c = z @ self.fc.weight     # another state: computes again, without a gradient
-        self.fc.weight_g.mul_(2)
-        d = x @ self.fc.weight         # another version of g: computes again
+            self.fc.weight_g.mul_(2)
+            d = x @ self.fc.weight     # another version of g: computes again
 
-    a trace holds three computations, and the program that comes of it has them each time that it runs. Parts that are
-    `changing` (u and v, which the next iteration changes in place) go in as copies where there may be a backward.
+    an exported program holds three computations, each time that it runs. (Compiled under no_grad it has two, since `c`
+    is in the state of `b` there. Compiled for training it fails as in eager mode: the backward wants the old g.) Parts
+    that are `changing` (u and v, which the next iteration changes in place) go in as copies where there may be a
+    backward.
     """
     known = _once.get((formula, changing))
     if known is not None:
@@ -212,20 +214,20 @@ def _own_code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-before_capture: list[Callable[[], None]] = []
-"""What else is to be done when Dynamo comes, who does not see what is stored."""
+def run_by_dynamo(function: Callable[[], bool]) -> Callable[[], bool]:
+    """Has Dynamo, which traces what calls `function`, run it there and then, and take the result for a constant."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def announce_to_dynamo() -> bool:
-    """Run by Dynamo itself, while it traces: makes the operators, or allows their formulas in the graph of an export.
+    """Makes the operators for the graph that Dynamo traces, or allows their formulas in that of an export.
 
-    Returns whether it is for an export, whose graph is to hold no operator of ours. (Dynamo of torch 2.10 takes
-    `torch.compiler.is_exporting()` for True wherever it reads it.)
+    Called in what is `run_by_dynamo`. Returns whether it is for an export, whose graph is to hold no operator of ours.
+    (Dynamo of torch 2.10 takes `torch.compiler.is_exporting()` for True wherever it reads it.)
     """
     import torch._dynamo
 
-    for look in before_capture:
-        look()
     exporting: bool = torch.compiler.is_exporting()
     for operator in list(_operators.values()):
         if exporting:
@@ -233,6 +235,3 @@ def announce_to_dynamo() -> bool:
         else:
             operator.register()
     return exporting
-
-
-announce_to_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]

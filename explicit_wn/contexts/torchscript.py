@@ -1,4 +1,4 @@
-"""All that `torch.jit` needs; nothing else in the package knows TorchScript.
+"""All that `torch.jit` needs.
 
 TorchScript compiles source text, looks attributes up by literal names, and passes a module as an argument only through
 a *module interface*. So every class of a carrier gets methods whose source is written here.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from textwrap import dedent, indent
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,8 +25,23 @@ _jit: Any = getattr(torch, "jit", None)
 _USED = ("Attribute", "annotations", "export", "freeze", "interface", "script")
 IS_THERE = all(hasattr(_jit, name) for name in _USED) and hasattr(torch._C, "_jit_pass_inline")
 
-if TYPE_CHECKING:
-    from ..carrier.recipe import Recipe
+
+class Recipe(Protocol):
+    """What is asked here of a `carrier.Recipe`, which says what it is."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def inlined(self) -> bool: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def formula(self) -> Callable[..., torch.Tensor]: ...
+    @property
+    def advance(self) -> Callable[..., None] | None: ...
+    def attribute(self, part: str) -> str: ...
+    def parts_of(self, function: Callable[..., Any]) -> tuple[str, ...]: ...
+    def options_of(self, function: Callable[..., Any]) -> dict[str, Any]: ...
 
 
 def _never() -> bool:
@@ -56,9 +71,7 @@ def shape_of(tensor: torch.Tensor) -> list[int]:
         torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
-Module = TypeVar("Module", bound=nn.Module)
-
-NAMES = ("_recompute_normed", "_forward_of_base", "_was_told_to_recompute")
+ATTRIBUTES = ("_recompute_normed", "_forward_of_base", "_was_told_to_recompute")
 """What a carrier has for TorchScript, besides `forward`."""
 
 
@@ -91,7 +104,7 @@ def script(model: nn.Module) -> Any:
     return scripted
 
 
-def prepare(module: nn.Module, recipes: "tuple[Recipe, ...]") -> None:
+def prepare(module: nn.Module, recipes: tuple[Recipe, ...]) -> None:
     """Called for every carrier that `torch.jit.script` is about to compile.
 
     TorchScript makes as many modules of a layer as it has names (`self.fc`, and again in `self.body`). They share their
@@ -113,32 +126,23 @@ def prepare(module: nn.Module, recipes: "tuple[Recipe, ...]") -> None:
         carrier.forward = _wrapped_forward(base, _RECOMPUTE_IF_NEVER_TOLD, _run_base)
 
 
-def methods(
-    base: type[nn.Module],
-    recipes: "tuple[Recipe, ...]",
-    recompute: Callable[..., None],
-    run_inlined: Callable[..., Any],
-) -> dict[str, Any]:
-    """What a class that carries `recipes` needs for TorchScript, and `forward` where one of them is inlined.
-
-    In eager mode they are `recompute(module, label)` and `run_inlined(module, ...)`.
-    """
-    scope: dict[str, Any] = {"is_scripting": is_scripting, "recompute": recompute}
-    made: dict[str, Any] = {}
+def methods(base: type[nn.Module], recipes: tuple[Recipe, ...], eager: dict[str, Any]) -> dict[str, Any]:
+    """What a class that carries `recipes` needs for TorchScript: methods of its own, and those of `eager` mode as
+    TorchScript can read them, which do the same when they are called."""
+    scope: dict[str, Any] = {"is_scripting": is_scripting}
     is_rnn, inlined = issubclass(base, nn.RNNBase), any(recipe.inlined for recipe in recipes)
     source = _recompute_source(recipes, scope, is_rnn)
     explicit = any(not recipe.inlined for recipe in recipes)
-    made["_recompute_normed"] = Exported(define(source, "_recompute_normed", base, scope), explicit)
-    if is_rnn:  # the first thing that the forward of an RNN calls; that forward itself is overloaded and stays as it is
+    made: dict[str, Any] = {"_recompute_normed": Exported(define(source, "_recompute_normed", base, scope), explicit)}
+    if "_update_flat_weights" in eager:
+        scope["eager"] = eager["_update_flat_weights"]
         scripted = _RECOMPUTE_INLINED if inlined else _RECOMPUTE_IF_NEVER_TOLD
-        before = f"if is_scripting():\n{indent(scripted, '    ')}\n"
-        if inlined:
-            before += 'else:\n    recompute(self, "inlined")\n'
-        source = "def _update_flat_weights(self) -> None:\n" + indent(before, "    ")
+        lines = f"if is_scripting():\n{indent(scripted, '    ')}\nelse:\n    eager(self)\n"
+        source = "def _update_flat_weights(self) -> None:\n" + indent(lines, "    ")
         made["_update_flat_weights"] = define(source, "_update_flat_weights", base, scope)
-    elif inlined and base.forward is not nn.Module.forward:
+    if "forward" in eager:
         made["_forward_of_base"] = _renamed(base.forward, "_forward_of_base")
-        made["forward"] = _wrapped_forward(base, _RECOMPUTE_INLINED, run_inlined)
+        made["forward"] = _wrapped_forward(base, _RECOMPUTE_INLINED, eager["forward"])
     return made
 
 
@@ -168,7 +172,7 @@ _LOOK_FOR_A_TRACE = ("module_has_exports", "make_stubs_from_exported_methods")
 """The functions of torch that look for marks when they trace; `torch.jit.script` has one of its own."""
 
 
-def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[str, Any]:
+def declarations(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> dict[str, Any]:
     """What the instance `__dict__` of a carrier holds for TorchScript, which finds attributes nowhere else.
 
     They only declare the types; the values are those that the class's descriptors of the same names give.
@@ -182,7 +186,7 @@ def declarations(base: type[nn.Module], recipes: "tuple[Recipe, ...]") -> dict[s
     return declared
 
 
-def _recompute_source(recipes: "tuple[Recipe, ...]", scope: dict[str, Any], is_rnn: bool) -> str:
+def _recompute_source(recipes: tuple[Recipe, ...], scope: dict[str, Any], is_rnn: bool) -> str:
     """The source of `_recompute_normed`; the functions it calls are added to `scope`."""
     lines = ["def _recompute_normed(self, label: str) -> None:"]
     keyword = "if"
@@ -199,9 +203,7 @@ def _recompute_source(recipes: "tuple[Recipe, ...]", scope: dict[str, Any], is_r
     return "\n".join(lines) + "\n"
 
 
-def _statements(
-    recipe: "Recipe", index: int, scope: dict[str, Any], is_rnn: bool, advance: bool = True
-) -> Iterator[str]:
+def _statements(recipe: Recipe, index: int, scope: dict[str, Any], is_rnn: bool, advance: bool = True) -> Iterator[str]:
     """The lines that rebuild one weight, in TorchScript."""
 
     def call(function: Callable[..., Any]) -> str:
@@ -221,7 +223,7 @@ def _statements(
 
 
 def _wrapped_forward(base: type[nn.Module], before: str, eager: Any) -> Any:
-    """The function `eager` as the forward of a class; TorchScript unwraps it, and finds one that does `before` first.
+    """The function `eager` as a forward for TorchScript too, which unwraps it and finds one that does `before` first.
 
     That one has the signature of the base's, word for word.
     """

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from .. import carrier
 from ..layers import qualified
-from ..table import Table, parts_shown, shown
+from ..table import Table, cells_of, parts_shown
 from . import spellings
 from .checking import state_of
 from .spellings import Found
@@ -47,8 +47,7 @@ class Report(Table):
     rows: list[Row]
 
     def cells(self) -> list[list[str]]:
-        head = [field.name for field in attrs.fields(Row)]
-        return [head, *([shown(value) for value in attrs.astuple(row, recurse=False)] for row in self.rows)]
+        return cells_of(Row, self.rows)
 
 
 def report(model: nn.Module) -> Report:

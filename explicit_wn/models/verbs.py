@@ -75,8 +75,8 @@ def recompute_all(model: nn.Module) -> None:
     """
     check_model("recompute_all", model)
     for module in model.modules():
-        for straight in getattr(type(module), "_normed_straight", ()):  # a look-up in a module that fails is slow
-            straight.recompute(module)
+        for one in getattr(type(module), "_normed_functions", ()):  # a look-up in a module that fails is slow
+            one.recompute(module)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """What helps to see the work: its steps, weights that are out of date, and the initialization of the paper."""
 
-from .initialization import data_dependent_init
+from .data_dependent import data_dependent_init
 from .record import Record, Recording, record
 from .stale import StaleWeightError, detect_stale
 from .steps import Step, Steps, steps

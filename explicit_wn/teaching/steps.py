@@ -116,7 +116,7 @@ def steps_of(
     with torch.inference_mode(False), torch.enable_grad():
         buffers = recipe.norm.buffer_parts
         leaves = {part: value.detach().clone().requires_grad_(part not in buffers) for part, value in parts.items()}
-        rows = list(_rows(recipe, leaves, lambda: recipe.formula(**leaves, **recipe.formula_options)))
+        rows = list(_rows(recipe, leaves, lambda: recipe.make(leaves)))
         gradients = _gradients([value for *_, value in rows], gradient)
     return Steps(tuple(_step(*row, found) for row, found in zip(rows, gradients, strict=True)))
 

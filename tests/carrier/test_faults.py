@@ -56,7 +56,9 @@ class Fault(Exception):
 
 WATCHED = (PACKAGE, "<explicit_wn", nn.modules.module.__file__, nn.utils.parametrize.__file__, contextlib.__file__)
 
-WHERE_MODULES_CHANGE = [module.__file__ for module in (carrier.module, carrier.weight, undo, spellings, contextlib)]
+WHERE_MODULES_CHANGE = [
+    module.__file__ for module in (carrier.module, carrier.loading, carrier.weight, undo, spellings, contextlib)
+]
 
 Call = tuple[str, str, int, str]
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from explicit_wn import SpectralNorm, WeightNorm, cached, carrier, detect_stale, fold, functional, recompute_all
-from explicit_wn.carrier import Recipe, weight
-from explicit_wn.carrier.straight import Straight
+from explicit_wn.carrier import Recipe, straight, weight
+from explicit_wn.carrier.straight import Functions
 
 
-def careful(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
-    """`straight.straight`, which goes the careful way at once."""
-    return Straight(
+def careful(recipe: Recipe, base: type[nn.Module]) -> Functions:
+    """`straight.functions_of`, which goes the careful way at once."""
+    return Functions(
         recipe,
         recipe.name,
         lambda module: weight.recompute_recipe(module, recipe),
@@ -32,7 +32,7 @@ def careful(recipe: Recipe, base: type[nn.Module], carefully: Any) -> Straight:
 @contextlib.contextmanager
 def everything_careful() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(carrier.module, "write_straight", careful)
+        patch.setattr(straight, "functions_of", careful)
         patch.setattr(carrier.module, "_classes", {})
         yield
 

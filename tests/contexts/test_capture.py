@@ -54,7 +54,7 @@ def expected(model: Net, x: Tensor) -> Tensor:
 
 def computations(graph: torch.fx.Graph) -> int:
     """How often the weight is computed in `graph`."""
-    return sum("_weight_norm" in str(node.target) for node in graph.nodes)
+    return sum(node.op == "call_function" and "_weight_norm" in str(node.target) for node in graph.nodes)
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +220,26 @@ def test_within_a_trace_a_changed_part_makes_a_new_tensor(part: int) -> None:
         parts[part][0].add_(2)
 
     assert not second_is_first(change)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_computes_as_often_as_the_docstring_of_once_says(strict: bool) -> None:
+    class Example(Net):
+        def forward(self, x: Tensor) -> Any:
+            self.wn.recompute(self.fc)
+            a, b = x @ self.fc.weight.t(), x @ self.fc.weight.t()
+            with torch.no_grad():
+                c = x @ self.fc.weight.t()
+                self.fc.weight_g.mul_(2)
+                d = x @ self.fc.weight.t()
+            return a, b, c, d
+
+    model, x = Example(), torch.randn(4, 3)
+    exported = torch.export.export(model, (x,), strict=strict)
+    graphs = [one.graph for one in exported.graph_module.modules() if isinstance(one, torch.fx.GraphModule)]
+    assert sum(map(computations, graphs)) == 3
+    first = x @ by_hand(model.fc).t()
+    torch.testing.assert_close(exported.module()(x), (first, first, first, 2 * first))
 
 
 def test_the_copy_that_a_backward_keeps_is_registered_once() -> None:

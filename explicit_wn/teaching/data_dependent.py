@@ -1,4 +1,4 @@
-"""The data-dependent initialization of the paper."""
+"""The data-dependent initialization of the paper, g and bias from a batch."""
 
 import contextlib
 import functools
@@ -162,7 +162,7 @@ def _initialize(path: str, layer: Any, compute: Callable[[Tensor, Tensor | None]
     (recipe,) = (recipe for recipe in carrier.recipes_of(layer) if recipe.name == "weight")
     g, v = layer.weight_g, layer.weight_v
     with torch.no_grad():
-        output = compute(recipe.formula(g=torch.ones_like(g), v=v, **recipe.formula_options), None)
+        output = compute(recipe.make({"g": torch.ones_like(g), "v": v}), None)
         values = output.movedim(output.dim() - v.dim() + 1, 0).reshape(layer.bias.numel(), -1)  # the channels first
         mean, deviation = values.mean(1), values.std(1, correction=0)
         least = 4 * torch.finfo(output.dtype).eps * values.abs().amax(1)
