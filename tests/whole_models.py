@@ -3,6 +3,7 @@
 `Picture` holds everything that a refused call must leave alone. `interrupted` is Ctrl-C, at every line of the package.
 """
 
+import contextlib
 import gc
 import sys
 import warnings
@@ -219,6 +220,14 @@ def assert_unchanged(model: nn.Module, before: Picture) -> None:
         assert torch.equal(value, expected), name
 
 
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Whatever the block does, or is refused, leaves all of `model` as it was."""
+    before = Picture(model)
+    yield
+    assert_unchanged(model, before)
+
+
 def anatomy(model: nn.Module) -> list[Any]:
     """What a model is made of, comparable between two models."""
     return [
@@ -285,5 +294,17 @@ def interrupted(
         gc.enable()
 
 
-def is_unchanged(model: nn.Module, before: Picture) -> bool:
-    return Picture(model).identities == before.identities
+def check_ctrl_c_at_every_line(
+    build: Callable[[], nn.Module], verb: Callable[[nn.Module], Any], run: Callable[[nn.Module], Tensor], lines: int
+) -> None:
+    """More than `lines` times: an interrupted `verb` is undone or done, and what the model gives is the same."""
+    expected, done = run(build()), build()
+    verb(done)
+    undone = []
+    for model, before in interrupted(build, verb):
+        undone.append(Picture(model).identities == before.identities)
+        assert undone[-1] or anatomy(model) == anatomy(done)
+        torch.testing.assert_close(run(model), expected)
+    assert len(undone) > lines
+    assert undone[0]
+    assert not undone[-1]

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import pickle
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from captured import reloaded_script
 from layers import change_parts
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -25,19 +25,19 @@ from whole_models import (
     Count,
     Layer,
     Picture,
-    anatomy,
     assert_unchanged,
     change_values,
+    check_ctrl_c_at_every_line,
     hook_spectral_norm,
     hook_weight_norm,
     hooks_of,
     interrupted,
-    is_unchanged,
     normed_weight,
     parametrized_spectral_norm,
     parametrized_weight_norm,
     spectral_weight,
     train,
+    unchanged,
 )
 
 import explicit_wn
@@ -230,18 +230,14 @@ def taken(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(("make", "says"), REFUSED_LAYERS.values(), ids=REFUSED_LAYERS.keys())
 def test_one_layer_that_refuses_is_named_and_none_is_normed(make: Any, says: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.ModuleDict({"bad": make()}), nn.Linear(4, 4))
-    before = Picture(model)
-    with pytest.raises(ValueError, match=rf"^2\.bad: .*{says}"):
+    with unchanged(model), pytest.raises(ValueError, match=rf"^2\.bad: .*{says}"):
         apply_all(model, WeightNorm())
-    assert_unchanged(model, before)
 
 
 def test_where_that_chooses_what_has_no_weight_is_refused_and_nothing_is_normed() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-    before = Picture(model)
-    with pytest.raises(ValueError, match=r"^1: .*no such parameter"):
+    with unchanged(model), pytest.raises(ValueError, match=r"^1: .*no such parameter"):
         apply_all(model, WeightNorm(), lambda module: not isinstance(module, nn.Sequential))
-    assert_unchanged(model, before)
 
 
 NO_WHERE: list[tuple[Any, str]] = [
@@ -270,10 +266,8 @@ def test_what_where_cannot_be_is_refused_and_nothing_is_normed(where: Any, says:
 
 def test_an_exception_in_where_leaves_the_model_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-    before = Picture(model)
-    with pytest.raises(ZeroDivisionError):
+    with unchanged(model), pytest.raises(ZeroDivisionError):
         apply_all(model, WeightNorm(), lambda name, module: bool(1 / (name != "1")))
-    assert_unchanged(model, before)
 
 
 def some_layers() -> nn.Module:
@@ -288,16 +282,8 @@ def test_ctrl_c_at_any_line_of_apply_all_leaves_it_undone_or_done() -> None:
     def run(model: nn.Module) -> Tensor:
         return model[2](model[0](X)[None].transpose(1, 2)).detach()
 
-    expected, done = run(some_layers()), some_layers()
-    assert len(verb(done)) == 2
-    outcomes = []
-    for model, before in interrupted(some_layers, verb):
-        outcomes.append(is_unchanged(model, before))
-        assert outcomes[-1] or anatomy(model) == anatomy(done)
-        torch.testing.assert_close(run(model), expected)
-    assert len(outcomes) > 60
-    assert outcomes[0]
-    assert not outcomes[-1]
+    assert len(verb(some_layers())) == 2
+    check_ctrl_c_at_every_line(some_layers, verb, run, lines=60)
 
 
 # recompute_all
@@ -357,9 +343,8 @@ def test_recompute_all_advances_a_spectral_norm_once_and_only_in_training_mode(t
 
 def test_recompute_all_of_a_model_without_norms_changes_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 3), hook_weight_norm(nn.Linear(3, 2)))
-    before = Picture(model)
-    recompute_all(model)
-    assert_unchanged(model, before)
+    with unchanged(model):
+        recompute_all(model)
 
 
 # cached
@@ -780,9 +765,8 @@ def test_nothing_to_fold_returns_an_empty_list_and_changes_nothing() -> None:
             self.body = nn.Sequential(nn.Linear(4, 3), parametrizations.orthogonal(nn.Linear(3, 3)))
 
     model = Holds()
-    before = Picture(model)
-    assert fold(model) == []
-    assert_unchanged(model, before)
+    with unchanged(model):
+        assert fold(model) == []
     model.wn.apply(model.body[0])
 
 
@@ -793,7 +777,7 @@ def ways_out(model: nn.Module) -> Iterator[tuple[str, Any]]:
     yield "pickle", pickle.loads(pickle.dumps(model))
     scripted = torch.jit.script(model)
     yield "script", scripted
-    yield "script, saved and loaded", saved_and_loaded(scripted)
+    yield "script, saved and loaded", reloaded_script(scripted)
     yield "freeze", torch.jit.freeze(torch.jit.script(copy.deepcopy(model).eval()))
     yield "optimize_for_inference", torch.jit.optimize_for_inference(torch.jit.script(copy.deepcopy(model).eval()))
     yield "explicit_wn.script, frozen", torch.jit.freeze(explicit_wn.script(copy.deepcopy(model).eval()))
@@ -802,13 +786,6 @@ def ways_out(model: nn.Module) -> Iterator[tuple[str, Any]]:
     yield "export", torch.export.export(model, (X,)).module()
     yield "strict export", torch.export.export(model, (X,), strict=True).module()
     yield "compile", torch.compile(model, backend="aot_eager", fullgraph=True)
-
-
-def saved_and_loaded(scripted: Any) -> Any:
-    file = io.BytesIO()
-    torch.jit.save(scripted, file)
-    file.seek(0)
-    return torch.jit.load(file)
 
 
 @pytest.mark.parametrize("build", [Net, TwiceByHand], ids=["layers", "own parameter"])
@@ -893,9 +870,8 @@ def test_folding_leaves_copies_whole(on_the_copy: bool) -> None:
     model = Net()
     copied = copy.deepcopy(model)
     folded, other = (copied, model) if on_the_copy else (model, copied)
-    before = Picture(other)
-    fold(folded)
-    assert_unchanged(other, before)
+    with unchanged(other):
+        fold(folded)
     change_parts(other, seed=1)
     torch.testing.assert_close(other(X).detach(), by_hand(other))
 
@@ -916,10 +892,8 @@ def test_a_folded_norm_says_that_it_was_ended() -> None:
 def test_a_part_that_another_tool_computes_is_refused_by_name_and_nothing_is_folded() -> None:
     model = nn.Sequential(WeightNorm().apply(nn.Linear(4, 4)), hook_weight_norm(nn.Linear(4, 4)), Net())
     prune.l1_unstructured(model[2].first, "weight_v", 0.5)
-    before = Picture(model)
-    with pytest.raises(ValueError, match=r"2\.first.*weight_v.*computed by another tool"):
+    with unchanged(model), pytest.raises(ValueError, match=r"2\.first.*weight_v.*computed by another tool"):
         fold(model)
-    assert_unchanged(model, before)
 
 
 def every_kind() -> nn.Module:
@@ -945,16 +919,8 @@ def run_every_kind(model: nn.Module) -> Tensor:
 
 
 def test_ctrl_c_at_any_line_of_fold_leaves_it_undone_or_done() -> None:
-    expected, done = run_every_kind(every_kind()), every_kind()
-    assert len(fold(done)) == 8
-    outcomes = []
-    for model, before in interrupted(every_kind, fold):
-        outcomes.append(is_unchanged(model, before))
-        assert outcomes[-1] or anatomy(model) == anatomy(done)
-        torch.testing.assert_close(run_every_kind(model), expected)
-    assert len(outcomes) > 150
-    assert outcomes[0]
-    assert not outcomes[-1]
+    assert len(fold(every_kind())) == 8
+    check_ctrl_c_at_every_line(every_kind, fold, run_every_kind, lines=150)
 
 
 # report
@@ -1004,9 +970,8 @@ def test_a_report_has_a_row_for_every_weight_in_whatever_spelling() -> None:
 def test_a_report_changes_nothing(training: bool) -> None:
     model = mixed().train(training)
     change_values(model, seed=1)
-    before = Picture(model)
-    report(model)
-    assert_unchanged(model, before)
+    with unchanged(model):
+        report(model)
 
 
 def test_a_report_tells_stale_from_fresh() -> None:

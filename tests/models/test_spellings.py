@@ -27,20 +27,19 @@ from whole_models import (
     Holder,
     Layer,
     Picture,
-    anatomy,
     assert_unchanged,
     change_values,
+    check_ctrl_c_at_every_line,
     hook_spectral_norm,
     hook_weight_norm,
     hooks_of,
-    interrupted,
-    is_unchanged,
     normed_weight,
     parametrized_spectral_norm,
     parametrized_weight_norm,
     spectral_weight,
     torch_hooks_of,
     train,
+    unchanged,
 )
 
 from explicit_wn import SpectralNorm, WeightNorm, convert, fold, normed, report
@@ -289,23 +288,20 @@ def test_a_load_hook_of_the_users_own_stays() -> None:
 def test_nothing_is_converted_twice(norm: Norm) -> None:
     model = LINEAR.model(norm)
     convert(model)
-    before = Picture(model)
-    assert convert(model) == []
-    assert_unchanged(model, before)
+    with unchanged(model):
+        assert convert(model) == []
 
 
 def test_what_is_ours_already_stays_as_it_is() -> None:
     model = nn.Sequential(WeightNorm().apply(nn.Linear(4, 3)), parametrized_weight_norm(nn.Linear(3, 2)))
-    before = Picture(model[0])
-    assert convert(model) == ["1.weight"]
-    assert_unchanged(model[0], before)
+    with unchanged(model[0]):
+        assert convert(model) == ["1.weight"]
 
 
 def test_nothing_to_convert_returns_an_empty_list_and_changes_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.LSTM(3, 2), parametrizations.orthogonal(nn.Linear(2, 2)))
-    before = Picture(model)
-    assert convert(model) == []
-    assert_unchanged(model, before)
+    with unchanged(model):
+        assert convert(model) == []
 
 
 @both_norms
@@ -528,9 +524,8 @@ def test_the_copy_and_the_model_it_was_copied_from_stay_whole(norm: Norm, verb: 
     copied = copy.deepcopy(model)
     changed, other = (copied, model) if on_the_copy else (model, copied)
     expected = wrapped(norm)(X).detach()
-    before = Picture(other)
-    assert verb(changed) == ["0.weight", "2.weight"]
-    assert_unchanged(other, before)
+    with unchanged(other):
+        assert verb(changed) == ["0.weight", "2.weight"]
     torch.testing.assert_close(changed(X).detach(), expected)
     torch.testing.assert_close(other(X).detach(), expected)
 
@@ -726,18 +721,15 @@ def test_what_is_not_torchs_norm_alone_is_refused_by_name_and_nothing_is_changed
         parametrized_spectral_norm(nn.Linear(4, 4)),
         WeightNorm().apply(nn.Linear(4, 4)),
     )
-    before = Picture(model)
-    with pytest.raises(ValueError, match=r"'3\.inner\.weight' of this Linear.*" + says):
+    with unchanged(model), pytest.raises(ValueError, match=r"'3\.inner\.weight' of this Linear.*" + says):
         verb(model)
-    assert_unchanged(model, before)
 
 
 def test_a_report_shows_what_convert_refuses() -> None:
     for spoil, _ in REFUSED.values():
         model = nn.Sequential(spoil(nn.Linear(4, 4)))
-        before = Picture(model)
-        assert report(model).rows[0].name == "0.weight"
-        assert_unchanged(model, before)
+        with unchanged(model):
+            assert report(model).rows[0].name == "0.weight"
 
 
 # Norms of other projects, in the forms in which people write them
@@ -890,12 +882,11 @@ def test_a_report_shows_the_norm_of_another_project_as_foreign(
     model = nn.Sequential(make())
     if after_a_forward:
         model(torch.ones(2, 4))
-    before = Picture(model)
-    (row,) = report(model).rows
-    shown = re.sub(r" [0-9×]+", "", row.parts)
-    assert (row.name, row.norm, row.spelling, row.shape) == (f"0.{name}", kind, "foreign", (4, 4))
-    assert (shown, row.dim, row.state) == (parts, "", "")
-    assert_unchanged(model, before)
+    with unchanged(model):
+        (row,) = report(model).rows
+        shown = re.sub(r" [0-9×]+", "", row.parts)
+        assert (row.name, row.norm, row.spelling, row.shape) == (f"0.{name}", kind, "foreign", (4, 4))
+        assert (shown, row.dim, row.state) == (parts, "", "")
 
 
 @pytest.mark.parametrize("norm", WEIGHT_NORMS.values(), ids=WEIGHT_NORMS.keys())
@@ -903,10 +894,8 @@ def test_convert_names_the_norms_of_other_projects_in_one_warning_and_goes_on(no
     torch.manual_seed(0)
     model = nn.Sequential(norm(nn.Linear(4, 4)), *(make() for make, *_ in FOREIGN.values()), norm(nn.Linear(4, 4)))
     left = nn.Sequential(*model[1:-1])
-    before = Picture(left)
-    with pytest.warns(UserWarning, match="convert leaves alone what looks like") as warned:
+    with unchanged(left), pytest.warns(UserWarning, match="convert leaves alone what looks like") as warned:
         assert convert(model) == ["0.weight", "8.weight"]
-    assert_unchanged(left, before)
     (warning,) = warned
     assert warning.filename == __file__
     for index, (_, name, module, kind, parts) in enumerate(FOREIGN.values(), 1):
@@ -916,12 +905,10 @@ def test_convert_names_the_norms_of_other_projects_in_one_warning_and_goes_on(no
 
 def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(hook_weight_norm(nn.Linear(4, 4)), ByHand())
-    before = Picture(model)
-    with warnings.catch_warnings():
+    with unchanged(model), warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match=r"'1\.kernel' of this ByHand"):
             convert(model)
-    assert_unchanged(model, before)
 
 
 class Recomputing(nn.Module):
@@ -1039,18 +1026,10 @@ def run_every_spelling(model: nn.Module) -> Tensor:
 
 
 def test_ctrl_c_at_any_line_of_convert_leaves_it_undone_or_done() -> None:
-    expected, done = run_every_spelling(every_spelling()), every_spelling()
+    done = every_spelling()
     assert len(convert(done)) == 8
-    outcomes = []
-    for model, before in interrupted(every_spelling, convert):
-        outcomes.append(is_unchanged(model, before))
-        if not outcomes[-1]:
-            assert anatomy(model) == anatomy(done)
-            assert hooks_of(model) == []
-        torch.testing.assert_close(run_every_spelling(model), expected)
-    assert len(outcomes) > 100
-    assert outcomes[0]
-    assert not outcomes[-1]
+    assert hooks_of(done) == []
+    check_ctrl_c_at_every_line(every_spelling, convert, run_every_spelling, lines=100)
 
 
 # Checkpoints

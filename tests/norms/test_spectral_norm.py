@@ -6,9 +6,7 @@ weight from them. Both are checked at every call, against power iterations that 
 
 import copy
 import functools
-import io
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +17,26 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from captured import (
+    CONTEXTS,
+    Captured,
+    compiled,
+    compiled_by_inductor,
+    deep_copied,
+    exported,
+    exported_strictly,
+    frozen,
+    fx_traced,
+    in_eager,
+    optimized_for_inference,
+    same,
+    saved_and_loaded,
+    scripted,
+    scripted_and_loaded,
+    scripted_by_us,
+    traced,
+    traced_and_loaded,
+)
 from layers import NoNorm, Subject, loss_of, read_stale, subject
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -469,15 +487,6 @@ def make(which: Subject, training: bool) -> nn.Module:
     return model
 
 
-@attrs.frozen
-class Captured:
-    """What a context made of a model."""
-
-    run: Callable[..., Any]
-    module: nn.Module | None
-    """What holds the parts that `run` computes from; None if they are folded away."""
-
-
 def check(captured: Captured, which: Subject, training: bool) -> None:
     module = captured.module
     assert module is not None
@@ -494,96 +503,6 @@ def check(captured: Captured, which: Subject, training: bool) -> None:
         torch.testing.assert_close(parameter.grad, wanted.gradients[name])
 
 
-def through_bytes(save: Callable[[Any, Any], Any], load: Callable[[Any], Any], what: Any) -> Any:
-    file = io.BytesIO()
-    save(what, file)
-    file.seek(0)
-    return load(file)
-
-
-def same(module: Any) -> Captured:
-    return Captured(module, module)
-
-
-def in_eager(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(model)
-
-
-def scripted(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(torch.jit.script(model))
-
-
-def scripted_by_us(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(explicit_wn.script(model))
-
-
-def scripted_and_loaded(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(through_bytes(torch.jit.save, torch.jit.load, torch.jit.script(model)))
-
-
-def frozen(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return Captured(torch.jit.freeze(explicit_wn.script(model)), None)
-
-
-def optimized_for_inference(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return Captured(torch.jit.optimize_for_inference(explicit_wn.script(model)), None)
-
-
-def traced(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    # torch's check runs the model again and compares, which cannot be for a model that changes as it runs
-    return same(torch.jit.trace(model, inputs, check_trace=not model.training))
-
-
-def traced_and_loaded(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(through_bytes(torch.jit.save, torch.jit.load, traced(model, inputs).run))
-
-
-def exported(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(torch.export.export(model, inputs, strict=False).module())
-
-
-def exported_strictly(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(torch.export.export(model, inputs, strict=True).module())
-
-
-def exported_and_loaded(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    program = torch.export.export(model, inputs, strict=False)
-    return same(through_bytes(torch.export.save, torch.export.load, program).module())
-
-
-def compiled(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    torch._dynamo.reset()
-    return Captured(torch.compile(model, backend="aot_eager", fullgraph=True), model)
-
-
-def deep_copied(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(copy.deepcopy(model))
-
-
-def saved_and_loaded(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(through_bytes(torch.save, lambda file: torch.load(file, weights_only=False), model))
-
-
-def fx_traced(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(torch.fx.symbolic_trace(model))
-
-
-CONTEXTS = [
-    in_eager,
-    scripted,
-    scripted_and_loaded,
-    frozen,
-    optimized_for_inference,
-    traced,
-    traced_and_loaded,
-    exported,
-    exported_strictly,
-    exported_and_loaded,
-    compiled,
-    deep_copied,
-    saved_and_loaded,
-    fx_traced,
-]
 KINDS = [
     "Linear",
     "Conv2d_channels_last",
@@ -598,7 +517,7 @@ SUBJECTS = [subject(kind, form) for kind in KINDS for form in ("explicit", "inli
 
 def cells() -> Iterator[Any]:
     """Every context with every subject, but for what torch does not do."""
-    for context in CONTEXTS:
+    for context in (*CONTEXTS, traced_and_loaded, fx_traced):
         for which in SUBJECTS:
             if which.recurrent and context in (compiled, exported_strictly, fx_traced):
                 continue
@@ -690,13 +609,6 @@ def expected_of_often(module: nn.Module, x: Tensor, training: bool) -> Expected:
     loss_of(output).backward()
     gradients = {"fc.bias": bias.grad, "fc.weight_orig": orig.grad}
     return Expected(output.detach(), gradients, {"fc.weight_u": vectors[0], "fc.weight_v": vectors[1]})
-
-
-def compiled_by_inductor(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("inductor needs a C++ compiler")
-    torch._dynamo.reset()
-    return Captured(torch.compile(model, fullgraph=True), model)
 
 
 @both_modes

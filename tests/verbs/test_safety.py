@@ -20,13 +20,12 @@ from layers import Net, weight_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from whole_models import (
-    Picture,
-    assert_unchanged,
     hook_spectral_norm,
     hook_weight_norm,
     parametrized_spectral_norm,
     parametrized_weight_norm,
     spectral_weight,
+    unchanged,
 )
 
 from explicit_wn import Reparametrization, SpectralNorm, WeightNorm, convert, normed
@@ -315,10 +314,9 @@ NOT_AS_PYTHON_READS_THEM = ["ﬁ", "ſ", "ª", "ℂ", "𝐰", "ﬀ_1", "e\u0301"
 @pytest.mark.parametrize("name", [*NO_IDENTIFIERS, *KEYWORDS, *TAKEN, *NOT_AS_PYTHON_READS_THEM], ids=ascii)
 def test_a_name_that_cannot_stand_in_source_is_refused_and_nothing_is_changed_or_written(name: str, verb: str) -> None:
     module = Layer(name)
-    before, known = Picture(module), set(linecache.cache)
-    with pytest.raises(ValueError, match="cannot norm"):
+    known = set(linecache.cache)
+    with unchanged(module), pytest.raises(ValueError, match="cannot norm"):
         getattr(WeightNorm(name), verb)(module)
-    assert_unchanged(module, before)
     assert set(linecache.cache) == known
 
 
@@ -330,10 +328,8 @@ ATTRIBUTES = ["forward", "_apply", "state_dict", "__class__", "__dict__", "__doc
 def test_a_name_that_every_module_uses_is_refused(name: str) -> None:
     module = Layer("weight")
     module._parameters[name] = module._parameters.pop("weight")
-    before = Picture(module)
-    with pytest.raises(ValueError, match="cannot norm"):
+    with unchanged(module), pytest.raises(ValueError, match="cannot norm"):
         WeightNorm(name).apply(module)
-    assert_unchanged(module, before)
 
 
 HARMLESS = [
@@ -497,10 +493,9 @@ def test_settings_of_our_norms_may_be_numpys_and_enums() -> None:
 )
 def test_a_setting_that_is_neither_number_nor_text_is_refused(value: Any) -> None:
     module = nn.Linear(3, 2)
-    before, known = Picture(module), set(linecache.cache)
-    with pytest.raises((TypeError, ValueError)):
+    known = set(linecache.cache)
+    with unchanged(module), pytest.raises((TypeError, ValueError)):
         Exponential(mode=value).apply(module)
-    assert_unchanged(module, before)
     assert set(linecache.cache) == known
 
 
@@ -512,10 +507,9 @@ def test_a_part_that_is_no_identifier_is_refused(part: Any) -> None:
             return {part: weight}
 
     module = nn.Linear(3, 2)
-    before, known = Picture(module), set(linecache.cache)
-    with pytest.raises((TypeError, ValueError)):
+    known = set(linecache.cache)
+    with unchanged(module), pytest.raises((TypeError, ValueError)):
         Odd().apply(module)
-    assert_unchanged(module, before)
     assert set(linecache.cache) == known
 
 
