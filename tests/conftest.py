@@ -1,3 +1,11 @@
+"""For every test: this folder on the path, one thread, the same random numbers, no grad mode left behind, and `quick`.
+
+The tests share the modules beside this file, and the processes that they start find those too. A test is `quick`
+unless its file or its name says that it takes long: see TAKES_LONG before naming one. The fixtures that files of
+several rooms use are here.
+"""
+
+import gc
 import os
 import re
 import sys
@@ -9,8 +17,7 @@ import torch
 
 TESTS = Path(__file__).parent
 
-# The tests share what lies in this folder, and so do the processes that they start; the benchmark is two files
-sys.path[:0] = [str(TESTS), str(TESTS / "benchmarks")]
+sys.path[:0] = [str(TESTS), str(TESTS / "benchmarks")]  # the benchmark is two files
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
 collect_ignore = ["users_file.py"]  # type checkers read it
 torch.set_num_threads(1)  # the tensors are small
@@ -35,3 +42,19 @@ def _reproducible() -> Iterator[None]:
     yield
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def a_quick_collector() -> Iterator[None]:
+    """Which looks at what the tests make, and not at all of torch."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -412,17 +412,8 @@ def assert_nothing_is_left(model: nn.Module, own: list[tuple[str, int]], attribu
             assert not store.copying
 
 
-@pytest.fixture(scope="module")
-def _a_quick_collector() -> Iterator[None]:
-    """Which looks at what the tests make, and not at all of torch."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # where torch has no batching rule
-@pytest.mark.usefixtures("_a_quick_collector")
+@pytest.mark.usefixtures("a_quick_collector")
 @pytest.mark.parametrize(("transform", "which"), TRANSFORMED)
 @pytest.mark.parametrize("form", ["recomputed", "inlined"])
 @pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])

@@ -26,7 +26,7 @@ from captured import (
     scripted_by_us,
     traced_and_loaded,
 )
-from layers import SUBJECTS, NoNorm, Subject, change_parts, loss_of, subject, tensors_of, weight_of
+from layers import SUBJECTS, Net, NoNorm, Subject, change_parts, loss_of, subject, tensors_of, weight_of
 from torch import Tensor, nn
 
 import explicit_wn
@@ -130,13 +130,11 @@ def test_the_weight_is_fresh_in_inductor(kind: str, form: str) -> None:
     check(model, which, which.expected(model))
 
 
-class RecomputedByAnotherName(nn.Module):
+class RecomputedByAnotherName(Net):
     """torch.jit makes two modules of `fc` and `body[0]`, which share the parameters and not the attributes."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.wn = explicit_wn.WeightNorm()
-        self.fc = self.wn.apply(nn.Linear(3, 3))
+        super().__init__(layer=nn.Linear(3, 3))
         self.body = nn.Sequential(self.fc, nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:

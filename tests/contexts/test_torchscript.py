@@ -17,19 +17,13 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import pytest
 import torch
-from layers import Net, make_stale
+from layers import Net, by_hand, make_stale
 from torch import Tensor, nn
 
 import explicit_wn
 from explicit_wn import StaleWeightWarning, WeightNorm, functional
 
 Norm = Callable[[nn.Module], Any]
-
-
-def by_hand(module: Any, dim: int = 0) -> Tensor:
-    """g · v / ‖v‖, from the parts as they are now."""
-    g, v = module.weight_g, module.weight_v
-    return g * v / v.square().sum([d for d in range(v.dim()) if d != dim], keepdim=True).sqrt()
 
 
 def fresh_net() -> Any:
@@ -517,15 +511,10 @@ def test_pin_who_looks_for_the_marks_of_torch_jit_export() -> None:
     assert "_recompute_normed" in [stub.def_.name().name for stub in stubs]
 
 
-class Unapplied(nn.Module):
+class Unapplied(Net):
     def __init__(self) -> None:
         super().__init__()
-        self.wn = WeightNorm()
         self.fc = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.wn.recompute(self.fc)
-        return self.fc(x)
 
 
 class Computing(Net):
@@ -772,13 +761,11 @@ def test_script_copies_a_weight_that_is_fresh() -> None:
     torch.testing.assert_close(scripted(x), nn.functional.linear(x, by_hand(layer), layer.bias))
 
 
-class Shared(nn.Module):
+class Shared(Net):
     """Calls one layer under two names, and recomputes it under one."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.wn = WeightNorm()
-        self.fc = self.wn.apply(nn.Linear(3, 3))
+        super().__init__(layer=nn.Linear(3, 3))
         self.body = nn.Sequential(self.fc, nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -800,13 +787,8 @@ def test_a_layer_with_two_names_is_fresh_under_both() -> None:
         torch.testing.assert_close(model(x), wanted)
 
 
-class Sometimes(nn.Module):
+class Sometimes(Net):
     """Recomputes when it is told to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wn = WeightNorm()
-        self.fc = self.wn.apply(nn.Linear(3, 2))
 
     def forward(self, x: Tensor, fresh: bool) -> Tensor:
         if fresh:

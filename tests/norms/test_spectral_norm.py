@@ -37,7 +37,7 @@ from captured import (
     traced,
     traced_and_loaded,
 )
-from layers import NoNorm, Subject, loss_of, read_stale, subject
+from layers import Net, NoNorm, Subject, holding, loss_of, read_stale, subject
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import spectral_norm as hook
@@ -296,13 +296,8 @@ def dims_of(shape: tuple[int, ...]) -> list[Any]:
 
 @pytest.mark.parametrize(("shape", "dim"), [p for n in range(2, 6) for p in dims_of((3, 2, 4, 2, 3)[:n])])
 def test_the_largest_singular_value_is_one_for_every_dim(shape: tuple[int, ...], dim: Any) -> None:
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.kernel = nn.Parameter(torch.randn(shape))
-
     rows = dim if isinstance(dim, int) else 0
-    module = Holder()
+    module = holding(torch.randn(shape), "kernel")
     orig = module.kernel.detach().clone()
     SpectralNorm("kernel", dim=dim, warmup=500).apply(module)
     kernel: Any = module.kernel
@@ -579,18 +574,13 @@ def test_every_context_iterates_as_the_settings_say(context: Callable[..., Captu
             torch.testing.assert_close(tensors[f"0.weight_{part}"], value)
 
 
-class Often(nn.Module):
+class Often(Net):
     """Recomputes twice in one forward, and reads the weight many times."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.sn = spectral()
-        self.fc = self.sn.apply(nn.Linear(3, 3))
-
     def forward(self, x: Tensor) -> Tensor:
-        self.sn.recompute(self.fc)
+        self.wn.recompute(self.fc)
         first = self.fc(x) + x @ self.fc.weight.t() + self.fc(x * x)
-        self.sn.recompute(self.fc)
+        self.wn.recompute(self.fc)
         return first.tanh() + self.fc(x) + x @ self.fc.weight
 
 
@@ -618,7 +608,7 @@ def expected_of_often(module: nn.Module, x: Tensor, training: bool) -> Expected:
 def test_every_recompute_advances_once_however_often_the_weight_is_read(
     context: Callable[..., Captured], training: bool
 ) -> None:
-    model, x = Often().train(training), torch.randn(2, 3)
+    model, x = Often(spectral(), nn.Linear(3, 3)).train(training), torch.randn(2, 3)
     change_parts(model, seed=1)
     captured = context(model, (x,))
     assert captured.module is not None
@@ -638,7 +628,7 @@ def test_every_recompute_advances_once_however_often_the_weight_is_read(
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 @both_modes
 def test_an_exported_program_computes_once_a_recompute_and_mutates_its_buffers(training: bool, strict: bool) -> None:
-    model = Often().train(training)
+    model = Often(spectral(), nn.Linear(3, 3)).train(training)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     program = torch.export.export(model, (torch.randn(2, 3),), strict=strict)
     sigmas = [node for node in program.graph.nodes if node.target == torch.ops.aten.dot.default]

@@ -6,6 +6,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from layers import Net
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -108,17 +109,6 @@ def test_a_norm_without_a_split_says_that_it_wants_one() -> None:
         written(split=None)().apply(nn.Linear(2, 3))
 
 
-class Model(nn.Module):
-    def __init__(self, mine: Any) -> None:
-        super().__init__()
-        self.mine = mine
-        self.fc = mine.apply(nn.Linear(2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.mine.recompute(self.fc)
-        return self.fc(x)
-
-
 def times(v: Tensor, factor: Tensor, count: Tensor) -> Tensor:
     return v * factor
 
@@ -154,7 +144,7 @@ IN: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 @pytest.mark.parametrize("context", IN)
 def test_advance_takes_the_parts_and_settings_that_it_names_and_no_others(context: str) -> None:
     torch.compiler.reset()
-    model, x = Model(Counting()), torch.randn(4, 2)
+    model, x = Net(Counting(), nn.Linear(2, 3)), torch.randn(4, 2)
     run = IN[context](model, x)
     owner = run if context in ("script", "trace", "export") else model
     count = next(buffer for name, buffer in owner.named_buffers() if name.endswith("weight_count"))

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from layers import Net, weight_of
+from layers import Net, by_hand, weight_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.nn.utils import parametrizations
 from whole_models import (
     hook_spectral_norm,
     hook_weight_norm,
-    parametrized_spectral_norm,
-    parametrized_weight_norm,
     spectral_weight,
     unchanged,
 )
@@ -76,9 +75,9 @@ class Exponential(Reparametrization):
 def in_torchs_spellings() -> nn.Module:
     return nn.Sequential(
         hook_weight_norm(nn.Linear(3, 2)),
-        parametrized_weight_norm(nn.Conv1d(2, 3, 2), dim=None),
+        parametrizations.weight_norm(nn.Conv1d(2, 3, 2), dim=None),
         hook_spectral_norm(nn.Linear(2, 2)),
-        parametrized_spectral_norm(nn.Linear(3, 2)),
+        parametrizations.spectral_norm(nn.Linear(3, 2)),
     )
 
 
@@ -353,28 +352,18 @@ HARMLESS = [
 @pytest.mark.parametrize("verb", ["apply", "inline"])
 @pytest.mark.parametrize("name", HARMLESS)
 def test_any_other_name_works_in_eager_mode_and_in_torchscript(name: str, verb: str) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wn = WeightNorm(name)
-            self.layer = getattr(self.wn, verb)(Layer(name))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.wn.recompute(self.layer)
-            return self.layer(x)
-
-    net = Net()
+    net = Net(WeightNorm(name), Layer(name), verb)
     change(net)
-    expected = weight_of(getattr(net.layer, f"{name}_g"), getattr(net.layer, f"{name}_v"), 0)
+    expected = by_hand(net.fc, name)
     net(torch.ones(1))
-    torch.testing.assert_close(getattr(net.layer, name), expected)
+    torch.testing.assert_close(getattr(net.fc, name), expected)
     scripted = torch.jit.script(net)
     change(net)
     scripted(torch.ones(1))
-    expected = weight_of(getattr(net.layer, f"{name}_g"), getattr(net.layer, f"{name}_v"), 0)
-    torch.testing.assert_close(getattr(scripted.layer, name), expected)
-    WeightNorm(name).remove(net.layer)
-    assert type(net.layer) is Layer
+    expected = by_hand(net.fc, name)
+    torch.testing.assert_close(getattr(scripted.fc, name), expected)
+    WeightNorm(name).remove(net.fc)
+    assert type(net.fc) is Layer
 
 
 class Lying(str):
