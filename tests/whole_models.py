@@ -23,6 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import explicit_wn
+from explicit_wn import WeightNorm
 
 PACKAGE = str(Path(explicit_wn.__file__).parent)
 
@@ -37,11 +38,9 @@ def hook_weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 
 
 
 hook_spectral_norm = nn.utils.spectral_norm
-parametrized_weight_norm = parametrizations.weight_norm
-parametrized_spectral_norm = parametrizations.spectral_norm
 
-WEIGHT_NORMS = {"hook": hook_weight_norm, "parametrization": parametrized_weight_norm}
-SPECTRAL_NORMS = {"hook": hook_spectral_norm, "parametrization": parametrized_spectral_norm}
+WEIGHT_NORMS = {"hook": hook_weight_norm, "parametrization": parametrizations.weight_norm}
+SPECTRAL_NORMS = {"hook": hook_spectral_norm, "parametrization": parametrizations.spectral_norm}
 
 
 def hooks_of(model: nn.Module) -> list[Any]:
@@ -174,6 +173,68 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.of[str(func.overloadpacket)] += 1
         return func(*args, **(kwargs or {}))
+
+
+# Models that recompute by hand
+
+
+X = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+class TwoLayers(nn.Module):
+    """Recomputes by hand, one layer directly and one behind a container."""
+
+    def __init__(self, wn: Any = None) -> None:
+        super().__init__()
+        self.wn = WeightNorm() if wn is None else wn
+        self.first = self.wn.apply(nn.Linear(4, 5))
+        self.rest = nn.Sequential(nn.Tanh(), self.wn.apply(nn.Linear(5, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.first)
+        self.wn.recompute(self.rest[1])
+        return self.rest(self.first(x))
+
+
+def two_layers_by_hand(model: nn.Module, x: Tensor = X) -> Tensor:
+    """What it gives, from its parts."""
+    state = model.state_dict()
+    hidden = nn.functional.linear(x, normed_weight(state, "first.weight", 0), state["first.bias"])
+    return nn.functional.linear(torch.tanh(hidden), normed_weight(state, "rest.1.weight", 0), state["rest.1.bias"])
+
+
+class Twice(nn.Module):
+    """A layer whose weight is used twice, and a parameter of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.fc = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(torch.tanh(self.fc(x)))) @ self.scale.t()
+
+
+class TwiceByHand(Twice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wn = WeightNorm()
+        self.wn.apply(self.fc)
+        self.wn.apply(self, name="scale")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.fc)
+        self.wn.recompute(self)
+        return torch.tanh(self.fc(torch.tanh(self.fc(x)))) @ self.scale.t()
+
+
+def twice_by_hand(model: nn.Module, x: Tensor = X) -> Tensor:
+    state = model.state_dict()
+    weight = normed_weight(state, "fc.weight", 0)
+    for _ in range(2):
+        x = torch.tanh(nn.functional.linear(x, weight, state["fc.bias"]))
+    return x @ normed_weight(state, "scale", 0).t()
 
 
 # What a refused or interrupted call must leave alone

@@ -14,7 +14,8 @@ from captured import reloaded_script
 from layers import change_parts
 from tcn import NORMED, TemporalConvNet
 from torch import Tensor, nn
-from whole_models import hook_weight_norm, hooks_of, normed_weight, parametrized_weight_norm, train
+from torch.nn.utils import parametrizations
+from whole_models import hook_weight_norm, hooks_of, normed_weight, train
 
 import explicit_wn
 from explicit_wn import convert, fold, report
@@ -304,7 +305,7 @@ def tcn_by_hand(model: nn.Module, x: Tensor = SEQUENCES) -> Tensor:
     return output
 
 
-@pytest.fixture(params=[hook_weight_norm, parametrized_weight_norm], ids=["hook", "parametrization"])
+@pytest.fixture(params=[hook_weight_norm, parametrizations.weight_norm], ids=["hook", "parametrization"])
 def converted_tcn(request: pytest.FixtureRequest) -> nn.Module:
     model = tcn(request.param)
     expected = model(SEQUENCES).detach()
