@@ -245,7 +245,7 @@ class Picture:
 
     def __init__(self, model: nn.Module) -> None:
         self.identities: list[tuple[str, str, int]] = []
-        self.values: list[tuple[str, Tensor, int]] = []
+        self.values: list[tuple[str, Tensor, tuple[int, bool]]] = []
         self._kept_alive: list[Any] = []
         self._seen: set[int] = set()
         for path, module in model.named_modules(remove_duplicate=False):
@@ -262,7 +262,8 @@ class Picture:
         self.identities.append((path, what, id(thing)))
         known = id(thing) in self._seen or isinstance(thing, nn.parameter.UninitializedParameter)
         if isinstance(thing, Tensor) and not known and not thing.is_meta:
-            self.values.append((f"{path}.{what}", thing.detach().clone(), thing._version))
+            kept = thing._version, thing.requires_grad
+            self.values.append((f"{path}.{what}", thing.detach().clone(), kept))
         self._seen.add(id(thing))
 
 
@@ -276,9 +277,9 @@ def _members(value: Any) -> Iterator[tuple[Any, Any]]:
 def assert_unchanged(model: nn.Module, before: Picture) -> None:
     after = Picture(model)
     assert after.identities == before.identities
-    for (name, value, version), (_, expected, expected_version) in zip(after.values, before.values, strict=True):
-        assert version == expected_version, f"{name} was written to"
-        assert torch.equal(value, expected), name
+    for (name, value, kept), (_, expected, expected_kept) in zip(after.values, before.values, strict=True):
+        assert kept == expected_kept, f"{name} was written to, or frozen"
+        assert torch.equal(value, expected) or torch.allclose(value, expected, rtol=0, atol=0, equal_nan=True), name
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import weight_of
+from layers import loss_of, weight_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 from whole_models import spectral_weight
@@ -66,10 +66,6 @@ def build(norm: Callable[[], Any], form: str) -> Net:
 
 def batch(seed: int) -> Tensor:
     return torch.randn(2, 32, 3, generator=torch.Generator().manual_seed(seed))
-
-
-def loss_of(output: Tensor) -> Tensor:
-    return (output * torch.linspace(0.5, 1.5, output.numel()).view_as(output)).sum()
 
 
 Tensors = dict[str, Tensor]

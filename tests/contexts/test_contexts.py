@@ -26,7 +26,7 @@ from captured import (
     scripted_by_us,
     traced_and_loaded,
 )
-from layers import SUBJECTS, Net, NoNorm, Subject, change_parts, loss_of, subject, tensors_of, weight_of
+from layers import SUBJECTS, NoNorm, Subject, change_parts, loss_of, subject, tensors_of, weight_of
 from torch import Tensor, nn
 
 import explicit_wn
@@ -128,52 +128,6 @@ def test_the_weight_is_fresh_in_inductor(kind: str, form: str) -> None:
     check_gradients(captured, which)
     change_parts(model, seed=4)
     check(model, which, which.expected(model))
-
-
-class RecomputedByAnotherName(Net):
-    """torch.jit makes two modules of `fc` and `body[0]`, which share the parameters and not the attributes."""
-
-    def __init__(self) -> None:
-        super().__init__(layer=nn.Linear(3, 3))
-        self.body = nn.Sequential(self.fc, nn.Tanh())
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.wn.recompute(self.fc)
-        return self.body(x)
-
-
-class ReadByAnotherName(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.wn = explicit_wn.WeightNorm()
-        self.first = self.wn.apply(nn.Linear(3, 3))
-        self.second = self.first
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.wn.recompute(self.first)
-        return torch.nn.functional.linear(x, self.second.weight)
-
-
-@pytest.mark.parametrize("script", [torch.jit.script, explicit_wn.script])
-def test_torchscript_runs_a_layer_that_is_recomputed_by_another_name(script: Callable[[nn.Module], Any]) -> None:
-    model, x = RecomputedByAnotherName(), torch.randn(2, 3)
-    scripted = script(model)
-    for seed in (1, 2):
-        change_parts(model, seed)
-        weight = weight_of(model.fc.weight_g, model.fc.weight_v, 0)
-        expected = torch.nn.functional.linear(x, weight, model.fc.bias).tanh()
-        torch.testing.assert_close(scripted(x), expected)
-        torch.testing.assert_close(model(x), expected)
-        torch.testing.assert_close(torch.jit.freeze(explicit_wn.script(model.eval()))(x), expected)
-
-
-def test_torchscript_does_not_see_that_a_weight_is_read_by_another_name_than_it_is_recomputed() -> None:
-    """A limit: the layer is not called by the second name, where it would recompute by itself."""
-    model, x = ReadByAnotherName(), torch.randn(2, 3)
-    scripted = torch.jit.script(model)
-    torch.testing.assert_close(scripted(x), model(x))
-    change_parts(model, seed=2)
-    assert not torch.allclose(scripted(x), model(x), atol=1e-2), "no limit any more: strike it from tests/README.md"
 
 
 class ReadsWithoutRecompute(nn.Module):

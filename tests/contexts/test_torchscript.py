@@ -773,18 +773,26 @@ class Shared(Net):
         return self.body(self.fc(x))
 
 
-def test_a_layer_with_two_names_is_fresh_under_both() -> None:
+class CalledUnderAnotherName(Shared):
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.fc)
+        return self.body(x)
+
+
+@pytest.mark.parametrize("script", [torch.jit.script, explicit_wn.script])
+@pytest.mark.parametrize("kind", [Shared, CalledUnderAnotherName])
+def test_a_layer_with_two_names_is_fresh_under_both(kind: type[Any], script: Any) -> None:
     """torch.jit.script makes a module of each name; they share the parts and not the stored weight."""
-    model, x = Shared(), torch.randn(4, 3)
-    scripted = torch.jit.script(model)
+    model, x = kind(), torch.randn(4, 3)
+    scripted = script(model)
     assert scripted.fc is not scripted.body[0]
     for _ in range(2):
         make_stale(model.fc)
-        weight = by_hand(model.fc)
-        hidden = nn.functional.linear(x, weight, model.fc.bias)
-        wanted = nn.functional.linear(hidden, weight, model.fc.bias).tanh()
+        hidden = expected(model, x) if kind is Shared else x
+        wanted = expected(model, hidden).tanh()
         torch.testing.assert_close(scripted(x), wanted)
         torch.testing.assert_close(model(x), wanted)
+        torch.testing.assert_close(torch.jit.freeze(explicit_wn.script(model.eval()))(x), wanted)
 
 
 class Sometimes(Net):
@@ -819,7 +827,7 @@ class ReadsUnderAnotherName(Shared):
 
 
 def test_limit_a_weight_read_under_a_name_that_is_neither_called_nor_recomputed_is_stale() -> None:
-    """A limit, in TorchScript alone, that the docs state. If this fails it is no more: drop it there."""
+    """A limit, in TorchScript alone, that tests/README.md states. If this fails it is no more: drop it there."""
     model, x = ReadsUnderAnotherName(), torch.randn(4, 3)
     scripted = torch.jit.script(model)
     stale = nn.functional.linear(x, by_hand(model.fc)).detach()
