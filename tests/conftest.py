@@ -1,16 +1,19 @@
 """For every test: this folder on the path, one thread, the same random numbers, no grad mode left behind, and `quick`.
 
 The tests share the modules beside this file, and the processes that they start find those too. A test is `quick`
-unless its file or its name says that it takes long: see TAKES_LONG before naming one. The fixtures that files of
-several rooms use are here.
+unless its file or its name says that it takes long (see TAKES_LONG before naming one) or it starts a process. The
+fixtures that files of several rooms use are here.
 """
 
+import functools
 import gc
+import inspect
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,15 +27,24 @@ torch.set_num_threads(1)  # the tensors are small
 
 
 TAKES_LONG = re.compile(
-    r"compile|export|process|ctrl_c|between_any_two|"
+    r"compile|inductor|wherever_torch_captures|export|process|ctrl_c|between_any_two|"
     r"test_(graphs|playground|without_torchscript|benchmark|notebook|orders|distributed|gpu|docs|\w*examples|real_models|tools|faults|stateful)\.py"
 )
 """What `pytest -m quick` leaves out: compilers, other processes, interruption at every line, and whole programs."""
 
 
+@functools.cache
+def starts_a_process(test: Any) -> bool:
+    """Whether a test, or a function that it calls by name, says `subprocess`."""
+    test = inspect.unwrap(test)
+    called = [test.__globals__.get(name) for name in test.__code__.co_names]
+    return any("subprocess" in inspect.getsource(one) for one in (test, *filter(inspect.isfunction, called)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if not TAKES_LONG.search(item.nodeid):
+        test = getattr(item, "function", None)  # a doctest has none
+        if not TAKES_LONG.search(item.nodeid) and not (test and starts_a_process(test)):
             item.add_marker("quick")
 
 
