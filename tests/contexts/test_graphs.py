@@ -187,11 +187,12 @@ class RecomputesTwice(Net):
         return torch.cat([first, self.fc(x)])
 
 
-def test_parts_that_change_within_a_compiled_graph_give_another_weight() -> None:
-    model, x = RecomputesTwice(layer=nn.Linear(3, 3)), torch.randn(2, 3)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_parts_that_change_within_a_compiled_graph_give_another_weight(mode: Any) -> None:
+    model, x = RecomputesTwice(layer=nn.Linear(3, 3)).requires_grad_(False), torch.randn(2, 3)
     v, bias = model.fc.weight_v, model.fc.bias
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
+    with mode():
         for seed in (1, 2):
             change_parts(model, seed)
             g = model.fc.weight_g.clone()

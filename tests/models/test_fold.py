@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from captured import reloaded_script
-from layers import change_parts
+from layers import change_parts, holding
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from whole_models import (
@@ -120,14 +120,6 @@ def test_the_model_itself_may_be_the_layer() -> None:
         assert type(layer) is nn.Linear
 
 
-class ParameterHolder(nn.Module):
-    """Has no forward: its owner reads what it holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 4))
-
-
 def with_forward_on_the_instance(norm: Any) -> nn.Module:
     module = norm(nn.Linear(4, 3))
     module.forward = lambda x: nn.functional.linear(x, module.weight)
@@ -139,9 +131,9 @@ WITHOUT_INLINED = {key: norm for key, norm in ALL_NORMS.items() if key != "weigh
 
 @pytest.mark.parametrize("norm", WITHOUT_INLINED.values(), ids=WITHOUT_INLINED.keys())
 def test_folding_needs_no_forward(norm: Any) -> None:
-    model = nn.Sequential(norm(ParameterHolder()), with_forward_on_the_instance(norm))
+    model = nn.Sequential(norm(holding(torch.randn(3, 4))), with_forward_on_the_instance(norm))
     assert fold(model) == ["0.weight", "1.weight"]
-    assert type(model[0]) is ParameterHolder
+    assert type(model[0]) is nn.Module
     assert type(model[1]) is nn.Linear
     torch.testing.assert_close(model[1](X), X @ model[1].weight.t())
 
