@@ -7,14 +7,14 @@ parts in the context itself, where they are still there, and compares once more.
 
 import argparse
 import copy
-import io
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.utils.checkpoint
-from by_hand import NORMS, OTHERS, ByHand
+from captured import reloaded, reloaded_script, through_bytes
+from norms_by_hand import NORMS, OTHERS, ByHand
 from torch import Tensor, nn
 from torch.nn.utils import weight_norm as hook
 from torch.nn.utils.parametrizations import weight_norm as parametrization
@@ -118,18 +118,6 @@ def change_parts(state: dict[str, Any], norm: ByHand) -> None:
                     state[name].add_(torch.linspace(-1, 1, state[name].numel()).view_as(state[name]))
 
 
-def through_file(save: Callable[[Any], None], load: Callable[[Any], Any]) -> Any:
-    buffer = io.BytesIO()
-    save(buffer)
-    buffer.seek(0)
-    return load(buffer)
-
-
-def scripted_saved_and_loaded(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
-    scripted = torch.jit.script(model)
-    return through_file(lambda file: torch.jit.save(scripted, file), torch.jit.load)
-
-
 def frozen(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
     ours = any("explicit_wn" in cls.__module__ for module in model.modules() for cls in type(module).__mro__)
     scripted = explicit_wn.script(model.eval()) if ours else torch.jit.script(model.eval())
@@ -139,11 +127,7 @@ def frozen(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
 
 def export_saved_and_loaded(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
     program = torch.export.export(model, (x,))
-    return through_file(lambda file: torch.export.save(program, file), torch.export.load).module()
-
-
-def saved_and_loaded(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
-    return through_file(lambda file: torch.save(model, file), lambda file: torch.load(file, weights_only=False))
+    return through_bytes(torch.export.save, torch.export.load, program).module()
 
 
 def checkpointed(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
@@ -182,7 +166,7 @@ Context = Callable[[nn.Module, Tensor, ByHand], Any]
 CONTEXTS: dict[str, Context] = {
     "eager": lambda model, x, norm: model,
     "`torch.jit.script`": lambda model, x, norm: torch.jit.script(model),
-    "`torch.jit.script`, saved and loaded": scripted_saved_and_loaded,
+    "`torch.jit.script`, saved and loaded": lambda model, x, norm: reloaded_script(torch.jit.script(model)),
     "`torch.jit.freeze` of the script": frozen,
     "`torch.jit.trace`": lambda model, x, norm: torch.jit.trace(model, x),
     "`torch.export`": lambda model, x, norm: torch.export.export(model, (x,)).module(),
@@ -190,7 +174,7 @@ CONTEXTS: dict[str, Context] = {
     "`torch.export`, saved and loaded": export_saved_and_loaded,
     "`torch.compile(fullgraph=True)`": lambda m, x, norm: torch.compile(m, fullgraph=True, backend="aot_eager"),
     "`copy.deepcopy` after a forward": lambda model, x, norm: copy.deepcopy(model),
-    "`torch.save(model)`, `torch.load`": saved_and_loaded,
+    "`torch.save(model)`, `torch.load`": lambda model, x, norm: reloaded(model),
     "activation checkpointing": checkpointed,
     "`functional_call`": through_functional_call,
     "`vmap(grad)`": through_gradients,

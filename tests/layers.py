@@ -46,14 +46,21 @@ def norm_of(v: Tensor, dim: int | None) -> Tensor:
     return v.pow(2).sum(others, keepdim=dim is not None).sqrt()
 
 
-def weight_of(g: Tensor, v: Tensor, dim: int | None, eps: float = 0.0) -> Tensor:
+def weight_of(g: Tensor, v: Tensor, dim: int | None = 0, eps: float = 0.0) -> Tensor:
     """g · v / max(‖v‖, eps), in float64."""
     return (g.double() * v.double() / norm_of(v.double(), dim).clamp_min(eps)).to(v.dtype)
 
 
-def by_hand(module: nn.Module, name: str = "weight", dim: int | None = 0) -> Tensor:
+def by_hand(module: nn.Module, name: str = "weight", dim: int | None = 0, eps: float = 0.0) -> Tensor:
     """`weight_of` the parts of `module` as they are now."""
-    return weight_of(getattr(module, f"{name}_g"), getattr(module, f"{name}_v"), dim)
+    return weight_of(getattr(module, f"{name}_g"), getattr(module, f"{name}_v"), dim, eps)
+
+
+def holding(weight: Tensor, name: str = "weight") -> nn.Module:
+    """A module with one parameter and nothing else."""
+    module = nn.Module()
+    module.register_parameter(name, nn.Parameter(weight))
+    return module
 
 
 def make_stale(module: nn.Module, *names: str) -> None:

@@ -3,6 +3,7 @@
 `Picture` holds everything that a refused call must leave alone. `interrupted` is Ctrl-C, at every line of the package.
 """
 
+import contextlib
 import gc
 import sys
 import warnings
@@ -22,6 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import explicit_wn
+from explicit_wn import WeightNorm
 
 PACKAGE = str(Path(explicit_wn.__file__).parent)
 
@@ -36,11 +38,9 @@ def hook_weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 
 
 
 hook_spectral_norm = nn.utils.spectral_norm
-parametrized_weight_norm = parametrizations.weight_norm
-parametrized_spectral_norm = parametrizations.spectral_norm
 
-WEIGHT_NORMS = {"hook": hook_weight_norm, "parametrization": parametrized_weight_norm}
-SPECTRAL_NORMS = {"hook": hook_spectral_norm, "parametrization": parametrized_spectral_norm}
+WEIGHT_NORMS = {"hook": hook_weight_norm, "parametrization": parametrizations.weight_norm}
+SPECTRAL_NORMS = {"hook": hook_spectral_norm, "parametrization": parametrizations.spectral_norm}
 
 
 def hooks_of(model: nn.Module) -> list[Any]:
@@ -175,6 +175,68 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+# Models that recompute by hand
+
+
+X = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+class TwoLayers(nn.Module):
+    """Recomputes by hand, one layer directly and one behind a container."""
+
+    def __init__(self, wn: Any = None) -> None:
+        super().__init__()
+        self.wn = WeightNorm() if wn is None else wn
+        self.first = self.wn.apply(nn.Linear(4, 5))
+        self.rest = nn.Sequential(nn.Tanh(), self.wn.apply(nn.Linear(5, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.first)
+        self.wn.recompute(self.rest[1])
+        return self.rest(self.first(x))
+
+
+def two_layers_by_hand(model: nn.Module, x: Tensor = X) -> Tensor:
+    """What it gives, from its parts."""
+    state = model.state_dict()
+    hidden = nn.functional.linear(x, normed_weight(state, "first.weight", 0), state["first.bias"])
+    return nn.functional.linear(torch.tanh(hidden), normed_weight(state, "rest.1.weight", 0), state["rest.1.bias"])
+
+
+class Twice(nn.Module):
+    """A layer whose weight is used twice, and a parameter of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.fc = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(torch.tanh(self.fc(x)))) @ self.scale.t()
+
+
+class TwiceByHand(Twice):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wn = WeightNorm()
+        self.wn.apply(self.fc)
+        self.wn.apply(self, name="scale")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.fc)
+        self.wn.recompute(self)
+        return torch.tanh(self.fc(torch.tanh(self.fc(x)))) @ self.scale.t()
+
+
+def twice_by_hand(model: nn.Module, x: Tensor = X) -> Tensor:
+    state = model.state_dict()
+    weight = normed_weight(state, "fc.weight", 0)
+    for _ in range(2):
+        x = torch.tanh(nn.functional.linear(x, weight, state["fc.bias"]))
+    return x @ normed_weight(state, "scale", 0).t()
+
+
 # What a refused or interrupted call must leave alone
 
 
@@ -183,7 +245,7 @@ class Picture:
 
     def __init__(self, model: nn.Module) -> None:
         self.identities: list[tuple[str, str, int]] = []
-        self.values: list[tuple[str, Tensor, int]] = []
+        self.values: list[tuple[str, Tensor, tuple[int, bool]]] = []
         self._kept_alive: list[Any] = []
         self._seen: set[int] = set()
         for path, module in model.named_modules(remove_duplicate=False):
@@ -200,7 +262,8 @@ class Picture:
         self.identities.append((path, what, id(thing)))
         known = id(thing) in self._seen or isinstance(thing, nn.parameter.UninitializedParameter)
         if isinstance(thing, Tensor) and not known and not thing.is_meta:
-            self.values.append((f"{path}.{what}", thing.detach().clone(), thing._version))
+            kept = thing._version, thing.requires_grad
+            self.values.append((f"{path}.{what}", thing.detach().clone(), kept))
         self._seen.add(id(thing))
 
 
@@ -214,9 +277,17 @@ def _members(value: Any) -> Iterator[tuple[Any, Any]]:
 def assert_unchanged(model: nn.Module, before: Picture) -> None:
     after = Picture(model)
     assert after.identities == before.identities
-    for (name, value, version), (_, expected, expected_version) in zip(after.values, before.values, strict=True):
-        assert version == expected_version, f"{name} was written to"
-        assert torch.equal(value, expected), name
+    for (name, value, kept), (_, expected, expected_kept) in zip(after.values, before.values, strict=True):
+        assert kept == expected_kept, f"{name} was written to, or frozen"
+        assert torch.equal(value, expected) or torch.allclose(value, expected, rtol=0, atol=0, equal_nan=True), name
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Whatever the block does, or is refused, leaves all of `model` as it was."""
+    before = Picture(model)
+    yield
+    assert_unchanged(model, before)
 
 
 def anatomy(model: nn.Module) -> list[Any]:
@@ -285,5 +356,17 @@ def interrupted(
         gc.enable()
 
 
-def is_unchanged(model: nn.Module, before: Picture) -> bool:
-    return Picture(model).identities == before.identities
+def check_ctrl_c_at_every_line(
+    build: Callable[[], nn.Module], verb: Callable[[nn.Module], Any], run: Callable[[nn.Module], Tensor], lines: int
+) -> None:
+    """More than `lines` times: an interrupted `verb` is undone or done, and what the model gives is the same."""
+    expected, done = run(build()), build()
+    verb(done)
+    undone = []
+    for model, before in interrupted(build, verb):
+        undone.append(Picture(model).identities == before.identities)
+        assert undone[-1] or anatomy(model) == anatomy(done)
+        torch.testing.assert_close(run(model), expected)
+    assert len(undone) > lines
+    assert undone[0]
+    assert not undone[-1]

@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from layers import Net
+from layers import Net, by_hand
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.swa_utils import AveragedModel
@@ -44,11 +44,6 @@ X = torch.linspace(-1, 1, 12).view(4, 3)
 class Forgetful(Net):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x)
-
-
-def by_hand(layer: Any) -> Tensor:
-    v: Tensor = layer.weight_v.detach()
-    return layer.weight_g.detach() * v / v.norm(dim=1, keepdim=True)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import linecache
 import pickle
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from captured import reloaded, through_bytes
 from layers import Net, by_hand, first_output, make_stale, read_stale
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
@@ -68,14 +68,7 @@ def pickled(module: Any) -> Any:
     return pickle.loads(pickle.dumps(module))
 
 
-def saved(module: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-every_copy = pytest.mark.parametrize("copied", [deep, deep_twice, deep_of_shallow, pickled, saved])
+every_copy = pytest.mark.parametrize("copied", [deep, deep_twice, deep_of_shallow, pickled, reloaded])
 
 
 @every_copy
@@ -389,11 +382,8 @@ def test_the_state_dict_holds_the_parts_and_not_the_weight() -> None:
 
 
 def test_the_state_dict_goes_through_a_weights_only_load() -> None:
-    file, source = io.BytesIO(), WeightNorm().apply(nn.Linear(3, 2))
-    torch.save(source.state_dict(), file)
-    file.seek(0)
-    target = WeightNorm().apply(nn.Linear(3, 2))
-    target.load_state_dict(torch.load(file, weights_only=True))
+    source, target = WeightNorm().apply(nn.Linear(3, 2)), WeightNorm().apply(nn.Linear(3, 2))
+    target.load_state_dict(through_bytes(torch.save, torch.load, source.state_dict()))
     torch.testing.assert_close(target.weight, by_hand(source))
 
 

@@ -1,8 +1,8 @@
 """Faults: an exception at every call inside a verb, and checkpoints that are cut off, corrupt, or do not fit.
 
-`test_bad_input.py`, `test_model.py` and `test_spellings.py` press Ctrl-C at every line of the package. Here a fault
-strikes at every call, torch's and contextlib's own calls included, and after it: Python looks for signals where a
-function begins, and a call of torch may fail at any time (memory, say).
+`test_bad_input.py`, `test_verbs.py`, `test_fold.py` and `test_spellings.py` press Ctrl-C at every line of the package.
+Here a fault strikes at every call, torch's and contextlib's own calls included, and after it: Python looks for signals
+where a function begins, and a call of torch may fail at any time (memory, say).
 """
 
 import contextlib
@@ -18,14 +18,13 @@ import pytest
 import torch
 from layers import weight_of
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from whole_models import (
     PACKAGE,
     Picture,
     anatomy,
     hook_spectral_norm,
     hook_weight_norm,
-    parametrized_spectral_norm,
-    parametrized_weight_norm,
     spectral_weight,
 )
 
@@ -140,7 +139,7 @@ def spelled() -> nn.Module:
     torch.manual_seed(0)
     layers = [
         hook_weight_norm(nn.Linear(3, 3)),
-        parametrized_weight_norm(parametrized_spectral_norm(nn.Linear(3, 3)), "bias"),
+        parametrizations.weight_norm(parametrizations.spectral_norm(nn.Linear(3, 3)), "bias"),
         WeightNorm("bias").inline(hook_spectral_norm(nn.Linear(3, 3))),
     ]
     return nn.Sequential(*layers).eval()
@@ -277,7 +276,10 @@ SPELLINGS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         lambda layer: SpectralNorm().apply(layer),
     ),
     "hook": (lambda layer, dim=0: hook_weight_norm(layer, dim=dim), hook_spectral_norm),
-    "parametrization": (lambda layer, dim=0: parametrized_weight_norm(layer, dim=dim), parametrized_spectral_norm),
+    "parametrization": (
+        lambda layer, dim=0: parametrizations.weight_norm(layer, dim=dim),
+        parametrizations.spectral_norm,
+    ),
     "plain": (same, same),
 }
 

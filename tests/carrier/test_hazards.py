@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import weight_of
+from layers import loss_of, weight_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 from whole_models import spectral_weight
@@ -66,10 +66,6 @@ def build(norm: Callable[[], Any], form: str) -> Net:
 
 def batch(seed: int) -> Tensor:
     return torch.randn(2, 32, 3, generator=torch.Generator().manual_seed(seed))
-
-
-def loss_of(output: Tensor) -> Tensor:
-    return (output * torch.linspace(0.5, 1.5, output.numel()).view_as(output)).sum()
 
 
 Tensors = dict[str, Tensor]
@@ -412,17 +408,8 @@ def assert_nothing_is_left(model: nn.Module, own: list[tuple[str, int]], attribu
             assert not store.copying
 
 
-@pytest.fixture(scope="module")
-def _a_quick_collector() -> Iterator[None]:
-    """Which looks at what the tests make, and not at all of torch."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # where torch has no batching rule
-@pytest.mark.usefixtures("_a_quick_collector")
+@pytest.mark.usefixtures("a_quick_collector")
 @pytest.mark.parametrize(("transform", "which"), TRANSFORMED)
 @pytest.mark.parametrize("form", ["recomputed", "inlined"])
 @pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])

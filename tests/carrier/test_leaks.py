@@ -5,7 +5,7 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,18 +17,10 @@ import explicit_wn
 from explicit_wn import WeightNorm, cached, carrier, fold, normed
 
 pytestmark = [
+    pytest.mark.usefixtures("a_quick_collector"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
     pytest.mark.no_cover,  # which makes calls, and objects, of its own
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _a_quick_collector() -> Iterator[None]:
-    """Which looks at what the tests make, and not at all of torch."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", soak.cycles())

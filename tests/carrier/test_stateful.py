@@ -8,7 +8,6 @@ It uses the formulas, and never the package. After every step the module is comp
 
 import contextlib
 import copy
-import io
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from captured import reloaded
 from hypothesis import Phase
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -617,13 +617,7 @@ class Verbs(RuleBasedStateMachine):
     @rule(other=flags, how=st.sampled_from(["deepcopy", "torch.save"]))
     def copy(self, other: bool, how: str) -> None:
         """The copy is as fresh as can be, and whichever is not worked with further stays as it is."""
-        if how == "deepcopy":
-            copied = copy.deepcopy(self.pair.root)
-        else:
-            file = io.BytesIO()
-            torch.save(self.pair.root, file)
-            file.seek(0)
-            copied = torch.load(file, weights_only=False)
+        copied = (copy.deepcopy if how == "deepcopy" else reloaded)(self.pair.root)
         expected = copy.deepcopy(self.expected)
         expected.renew()
         pairs = [Pair(copied, expected), self.pair] if other else [self.pair, Pair(copied, expected)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import weight_of
+from layers import loss_of, weight_of
 from torch import Tensor, nn
 from whole_models import normed_weight, spectral_weight
 
@@ -146,10 +146,6 @@ def weights_of(model: nn.Module, tensors: dict[str, Tensor]) -> list[Tensor]:
         else:
             weights.append(spectral_weight(*(tensors[f"{path}_{part}"] for part in ("orig", "u", "v")), norm.dim))
     return weights
-
-
-def loss_of(output: Tensor) -> Tensor:
-    return (output * torch.linspace(0.5, 1.5, output.numel()).view_as(output)).sum()
 
 
 def expected_gradients(case: Case, model: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -5,22 +5,31 @@ made of it, and again in the eager model afterwards.
 """
 
 import copy
-import io
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import attrs
 import pytest
 import torch
+from captured import (
+    CONTEXTS,
+    Captured,
+    Inputs,
+    compiled,
+    compiled_by_inductor,
+    exported_and_loaded,
+    exported_strictly,
+    frozen_and_loaded,
+    in_eager,
+    same,
+    scripted_by_us,
+    traced_and_loaded,
+)
 from layers import SUBJECTS, NoNorm, Subject, change_parts, loss_of, subject, tensors_of, weight_of
 from torch import Tensor, nn
 
 import explicit_wn
-
-Inputs = tuple[Tensor, ...]
 
 # What torch warns of for plain layers too
 pytestmark = [
@@ -33,113 +42,7 @@ pytestmark = [
 UNCONTIGUOUS_SAVE = pytest.mark.filterwarnings("ignore:No complete tensor found in the group:UserWarning")
 
 
-@attrs.frozen
-class Captured:
-    """What a context made of a model."""
-
-    run: Callable[..., Any]
-    module: nn.Module | None
-    """What holds the parts that `run` computes from; None if they are folded away."""
-
-
-def through_bytes(save: Callable[[Any, Any], Any], load: Callable[[Any], Any], what: Any) -> Any:
-    file = io.BytesIO()
-    save(what, file)
-    file.seek(0)
-    return load(file)
-
-
-def in_eager(model: nn.Module, inputs: Inputs) -> Captured:
-    return Captured(model, model)
-
-
-def in_torchscript(model: nn.Module, inputs: Inputs) -> Captured:
-    scripted = torch.jit.script(model)
-    return Captured(scripted, scripted)
-
-
-def in_our_torchscript(model: nn.Module, inputs: Inputs) -> Captured:
-    scripted = explicit_wn.script(model)
-    return Captured(scripted, scripted)
-
-
-def in_loaded_torchscript(model: nn.Module, inputs: Inputs) -> Captured:
-    loaded = through_bytes(torch.jit.save, torch.jit.load, torch.jit.script(model))
-    return Captured(loaded, loaded)
-
-
-def frozen(model: nn.Module, inputs: Inputs) -> Captured:
-    return Captured(torch.jit.freeze(explicit_wn.script(model.eval())), None)
-
-
-def frozen_and_loaded(model: nn.Module, inputs: Inputs) -> Captured:
-    return Captured(through_bytes(torch.jit.save, torch.jit.load, frozen(model, inputs).run), None)
-
-
-def optimized_for_inference(model: nn.Module, inputs: Inputs) -> Captured:
-    return Captured(torch.jit.optimize_for_inference(explicit_wn.script(model.eval())), None)
-
-
-def traced(model: nn.Module, inputs: Inputs) -> Captured:
-    result: Any = torch.jit.trace(model, inputs)
-    return Captured(result, result)
-
-
-def traced_and_loaded(model: nn.Module, inputs: Inputs) -> Captured:
-    loaded = through_bytes(torch.jit.save, torch.jit.load, torch.jit.trace(model, inputs))
-    return Captured(loaded, loaded)
-
-
-def exported(model: nn.Module, inputs: Inputs) -> Captured:
-    module = torch.export.export(model, inputs, strict=False).module()
-    return Captured(module, module)
-
-
-def exported_strictly(model: nn.Module, inputs: Inputs) -> Captured:
-    module = torch.export.export(model, inputs, strict=True).module()
-    return Captured(module, module)
-
-
-def exported_and_loaded(model: nn.Module, inputs: Inputs) -> Captured:
-    program = torch.export.export(model, inputs, strict=False)
-    module = through_bytes(torch.export.save, torch.export.load, program).module()
-    return Captured(module, module)
-
-
-def compiled(model: nn.Module, inputs: Inputs) -> Captured:
-    torch._dynamo.reset()
-    return Captured(torch.compile(model, backend="aot_eager", fullgraph=True), model)
-
-
-def deep_copied(model: nn.Module, inputs: Inputs) -> Captured:
-    copied = copy.deepcopy(model)
-    return Captured(copied, copied)
-
-
-def copied_by_saving(model: nn.Module, inputs: Inputs) -> Captured:
-    loaded = through_bytes(torch.save, lambda file: torch.load(file, weights_only=False), model)
-    return Captured(loaded, loaded)
-
-
-CONTEXTS = [
-    in_eager,
-    in_torchscript,
-    in_loaded_torchscript,
-    frozen,
-    optimized_for_inference,
-    traced,
-    exported,
-    exported_strictly,
-    exported_and_loaded,
-    compiled,
-    deep_copied,
-    copied_by_saving,
-]
-COMBINATIONS = [
-    in_our_torchscript,
-    frozen_and_loaded,
-    traced_and_loaded,
-]  # of contexts that are tested with every layer
+COMBINATIONS = [scripted_by_us, frozen_and_loaded, traced_and_loaded]
 
 
 def cells() -> list[Any]:
@@ -211,14 +114,12 @@ def test_the_weight_is_fresh_without_gradients_and_trains_afterwards(which: Subj
     check_gradients(in_eager(model, which.inputs()), which)
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor wants a C++ compiler")
 @pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
 @pytest.mark.parametrize("form", ["explicit", "inlined"])
 def test_the_weight_is_fresh_in_inductor(kind: str, form: str) -> None:
-    torch._dynamo.reset()
     which = subject(kind, form)
     model = which.model()
-    captured = Captured(torch.compile(model, fullgraph=True), model)
+    captured = compiled_by_inductor(model, which.inputs())
     check(captured.run, which, which.expected(model))
     change_parts(model, seed=2)
     with torch.no_grad():
@@ -227,54 +128,6 @@ def test_the_weight_is_fresh_in_inductor(kind: str, form: str) -> None:
     check_gradients(captured, which)
     change_parts(model, seed=4)
     check(model, which, which.expected(model))
-
-
-class RecomputedByAnotherName(nn.Module):
-    """torch.jit makes two modules of `fc` and `body[0]`, which share the parameters and not the attributes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wn = explicit_wn.WeightNorm()
-        self.fc = self.wn.apply(nn.Linear(3, 3))
-        self.body = nn.Sequential(self.fc, nn.Tanh())
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.wn.recompute(self.fc)
-        return self.body(x)
-
-
-class ReadByAnotherName(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.wn = explicit_wn.WeightNorm()
-        self.first = self.wn.apply(nn.Linear(3, 3))
-        self.second = self.first
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.wn.recompute(self.first)
-        return torch.nn.functional.linear(x, self.second.weight)
-
-
-@pytest.mark.parametrize("script", [torch.jit.script, explicit_wn.script])
-def test_torchscript_runs_a_layer_that_is_recomputed_by_another_name(script: Callable[[nn.Module], Any]) -> None:
-    model, x = RecomputedByAnotherName(), torch.randn(2, 3)
-    scripted = script(model)
-    for seed in (1, 2):
-        change_parts(model, seed)
-        weight = weight_of(model.fc.weight_g, model.fc.weight_v, 0)
-        expected = torch.nn.functional.linear(x, weight, model.fc.bias).tanh()
-        torch.testing.assert_close(scripted(x), expected)
-        torch.testing.assert_close(model(x), expected)
-        torch.testing.assert_close(torch.jit.freeze(explicit_wn.script(model.eval()))(x), expected)
-
-
-def test_torchscript_does_not_see_that_a_weight_is_read_by_another_name_than_it_is_recomputed() -> None:
-    """A limit: the layer is not called by the second name, where it would recompute by itself."""
-    model, x = ReadByAnotherName(), torch.randn(2, 3)
-    scripted = torch.jit.script(model)
-    torch.testing.assert_close(scripted(x), model(x))
-    change_parts(model, seed=2)
-    assert not torch.allclose(scripted(x), model(x), atol=1e-2), "no limit any more: strike it from tests/README.md"
 
 
 class ReadsWithoutRecompute(nn.Module):
@@ -541,7 +394,7 @@ def test_fx_captures_an_inlined_layer(which: Subject) -> None:
     graph = torch.fx.symbolic_trace(model)
     check(graph, which, which.expected(model))
     change_parts(model, seed=2)
-    check_gradients(Captured(graph, graph), which)
+    check_gradients(same(graph), which)
     check(graph, which, which.expected(graph))
     change_parts(model, seed=3)
     check(model, which, which.expected(model))

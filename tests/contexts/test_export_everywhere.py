@@ -184,7 +184,7 @@ def weights(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     return computed
 
 
-def by_hand(w: dict[str, Tensor], signal: Tensor) -> Tensor:
+def example_by_hand(w: dict[str, Tensor], signal: Tensor) -> Tensor:
     """The example's model in plain functions of torch."""
     frames = F.relu(F.conv1d(signal, w["encoder.0.weight"], w["encoder.0.bias"], padding=4))
     hidden = cell = frames.mean(dim=2)
@@ -258,14 +258,14 @@ def test_the_file_gives_the_formulas_numbers_for_other_signals_without_the_packa
     w, signals = weights(parts), [torch.randn(count, 1, length) for count, length in OTHER_SIGNALS]
     outputs = in_its_own_process(f"{RUNNERS[name]}\n{RUN_ALL}", folder / variant / FILES[name], signals)
     for signal, output in zip(signals, outputs, strict=True):
-        torch.testing.assert_close(output, by_hand(w, signal), atol=2e-5, rtol=0)
+        torch.testing.assert_close(output, example_by_hand(w, signal), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_each_weight_alone_would_show_if_it_were_stale(layer: str, parts: dict[str, Tensor]) -> None:
     w, signal = weights(parts), torch.randn(2, 1, 50)
     stale = w | {f"{layer}.weight": 0.9 * w[f"{layer}.weight"]}
-    assert (by_hand(stale, signal) - by_hand(w, signal)).abs().max() > 1e-3
+    assert (example_by_hand(stale, signal) - example_by_hand(w, signal)).abs().max() > 1e-3
 
 
 # The C++ program
@@ -296,7 +296,7 @@ def test_both_models_give_the_formulas_numbers_in_cpp_for_other_signals(
 ) -> None:
     w = weights(parts)
     inputs = [torch.randn(count, 1, length) for count, length in OTHER_SIGNALS]
-    signals = save_signals(tmp_path / "signals.pt", inputs, [by_hand(w, signal) for signal in inputs])
+    signals = save_signals(tmp_path / "signals.pt", inputs, [example_by_hand(w, signal) for signal in inputs])
     models = [folder / variant / name for variant in ("normed", "folded") for name in ("scripted.pt", "compiled.pt2")]
     found = differences(program, signals, *models)
     assert max(max(both) for both in found) < 2e-5

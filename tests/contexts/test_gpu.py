@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from by_hand import NORMS
 from layers import SUBJECTS, Net, Subject, change_parts, norm_of, subject, weight_of
+from norms_by_hand import NORMS
 from torch import Tensor, nn
 
 import explicit_wn

@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from layers import SUBJECTS, Subject, change_parts, loss_of, subject, tensors_of
+from layers import SUBJECTS, Net, Subject, change_parts, loss_of, subject, tensors_of
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -16,16 +16,12 @@ from torch._functorch.aot_autograd import make_boxed_func
 import explicit_wn
 from explicit_wn import WeightNorm
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 READS = 16  # TorchScript reads no global, so the models below say 16
 
 
-class ReadsOften(nn.Module):
+class ReadsOften(Net):
     """A model that recomputes once and reads the weight many times, as a fixed-point iteration does."""
-
-    def __init__(self, norm: WeightNorm) -> None:
-        super().__init__()
-        self.wn = norm
-        self.fc = norm.apply(nn.Linear(3, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         self.wn.recompute(self.fc)
@@ -64,8 +60,8 @@ NORMS: list[Callable[[], WeightNorm]] = [
     lambda: WeightNorm(dim=0, eps=1e-6),
 ]
 OFTEN: list[Callable[[], nn.Module]] = [
-    *(lambda norm=norm: ReadsOften(norm()) for norm in NORMS),  # type: ignore[misc]
-    lambda: ReadsOftenFromParent(WeightNorm()),
+    *(lambda norm=norm: ReadsOften(norm(), nn.Linear(3, 3)) for norm in NORMS),  # type: ignore[misc]
+    lambda: ReadsOftenFromParent(layer=nn.Linear(3, 3)),
     lambda: WeightNorm("kernel").inline(ReadsInLayer()),
 ]
 often = pytest.mark.parametrize("make", OFTEN, ids=["dim_0", "dim_1", "whole", "eps", "from_parent", "inlined"])
@@ -115,13 +111,6 @@ class Graphs:
             return make_boxed_func(module.forward)  # type: ignore[no-untyped-call]
 
         return compiler
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @often
@@ -186,13 +175,8 @@ def test_one_recompute_is_one_computation_when_it_runs(make: Callable[[], nn.Mod
         torch.testing.assert_close(output, expected)
 
 
-class RecomputesTwice(nn.Module):
+class RecomputesTwice(Net):
     """A model that changes its parts between two recomputes: two weights, not one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wn = WeightNorm()
-        self.fc = self.wn.apply(nn.Linear(3, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         self.wn.recompute(self.fc)
@@ -203,11 +187,12 @@ class RecomputesTwice(nn.Module):
         return torch.cat([first, self.fc(x)])
 
 
-def test_parts_that_change_within_a_compiled_graph_give_another_weight() -> None:
-    model, x = RecomputesTwice(), torch.randn(2, 3)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_parts_that_change_within_a_compiled_graph_give_another_weight(mode: Any) -> None:
+    model, x = RecomputesTwice(layer=nn.Linear(3, 3)).requires_grad_(False), torch.randn(2, 3)
     v, bias = model.fc.weight_v, model.fc.bias
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
+    with mode():
         for seed in (1, 2):
             change_parts(model, seed)
             g = model.fc.weight_g.clone()
@@ -217,13 +202,8 @@ def test_parts_that_change_within_a_compiled_graph_give_another_weight() -> None
             torch.testing.assert_close(run(x), torch.cat([first, second]))
 
 
-class ReadsInTwoGradModes(nn.Module):
+class ReadsInTwoGradModes(Net):
     """One read without gradients, one with: the second must have its gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wn = WeightNorm()
-        self.fc = self.wn.apply(nn.Linear(3, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         self.wn.recompute(self.fc)
@@ -235,7 +215,7 @@ class ReadsInTwoGradModes(nn.Module):
 
 @pytest.mark.parametrize("backend", ["aot_eager", None])
 def test_a_read_without_gradients_does_not_take_them_from_the_next(backend: str | None) -> None:
-    model, x = ReadsInTwoGradModes(), torch.randn(2, 3)
+    model, x = ReadsInTwoGradModes(layer=nn.Linear(3, 3)), torch.randn(2, 3)
     change_parts(model, seed=1)
     run = torch.compile(model, backend=backend, fullgraph=True) if backend else model
     loss_of(run(x)).backward()

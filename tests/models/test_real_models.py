@@ -1,7 +1,6 @@
 """Models that others wrote: three of transformers, built small and without a download, and a scriptable TCN."""
 
 import copy
-import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,10 +10,12 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from captured import reloaded_script
 from layers import change_parts
 from tcn import NORMED, TemporalConvNet
 from torch import Tensor, nn
-from whole_models import hook_weight_norm, hooks_of, normed_weight, parametrized_weight_norm, train
+from torch.nn.utils import parametrizations
+from whole_models import hook_weight_norm, hooks_of, normed_weight, train
 
 import explicit_wn
 from explicit_wn import convert, fold, report
@@ -304,7 +305,7 @@ def tcn_by_hand(model: nn.Module, x: Tensor = SEQUENCES) -> Tensor:
     return output
 
 
-@pytest.fixture(params=[hook_weight_norm, parametrized_weight_norm], ids=["hook", "parametrization"])
+@pytest.fixture(params=[hook_weight_norm, parametrizations.weight_norm], ids=["hook", "parametrization"])
 def converted_tcn(request: pytest.FixtureRequest) -> nn.Module:
     model = tcn(request.param)
     expected = model(SEQUENCES).detach()
@@ -314,20 +315,13 @@ def converted_tcn(request: pytest.FixtureRequest) -> nn.Module:
     return model
 
 
-def saved_and_loaded(scripted: Any) -> Any:
-    file = io.BytesIO()
-    torch.jit.save(scripted, file)
-    file.seek(0)
-    return torch.jit.load(file)
-
-
 @pytest.mark.parametrize("script", [torch.jit.script, explicit_wn.script], ids=["torch.jit", "explicit_wn"])
 def test_a_converted_tcn_scripts_saves_loads_and_freezes(converted_tcn: nn.Module, script: Any) -> None:
     model = converted_tcn
     scripted = script(model)
-    loaded = saved_and_loaded(scripted)
+    loaded = reloaded_script(scripted)
     frozen = torch.jit.freeze(script(copy.deepcopy(model)))
-    frozen_and_loaded = saved_and_loaded(frozen)
+    frozen_and_loaded = reloaded_script(frozen)
     for way in (scripted, loaded, frozen, frozen_and_loaded):
         torch.testing.assert_close(way(SEQUENCES).detach(), tcn_by_hand(model))
     for way in (scripted, loaded):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layers import change_parts
+from layers import Net, change_parts
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
@@ -27,20 +27,17 @@ from whole_models import (
     Holder,
     Layer,
     Picture,
-    anatomy,
     assert_unchanged,
     change_values,
+    check_ctrl_c_at_every_line,
     hook_spectral_norm,
     hook_weight_norm,
     hooks_of,
-    interrupted,
-    is_unchanged,
     normed_weight,
-    parametrized_spectral_norm,
-    parametrized_weight_norm,
     spectral_weight,
     torch_hooks_of,
     train,
+    unchanged,
 )
 
 from explicit_wn import SpectralNorm, WeightNorm, convert, fold, normed, report
@@ -131,7 +128,7 @@ def test_a_transposed_convolution_keeps_the_dim_it_was_normed_with(layer: Layer,
 
 def is_advanced_by_every_read(layer: Layer, norm: Norm) -> bool:
     """torch's RNNs read a weight several times per forward, and each read of this parametrization is an iteration."""
-    return norm is parametrized_spectral_norm and layer.kind in ("LSTM", "GRU")
+    return norm is parametrizations.spectral_norm and layer.kind in ("LSTM", "GRU")
 
 
 PAIRS_TO_TRAIN = [
@@ -158,10 +155,10 @@ def test_a_converted_model_trains_like_its_original(layer: Layer, norm: Norm) ->
 
 
 @pytest.mark.parametrize(
-    "layer", [layer for layer in LAYERS if is_advanced_by_every_read(layer, parametrized_spectral_norm)], ids=str
+    "layer", [layer for layer in LAYERS if is_advanced_by_every_read(layer, parametrizations.spectral_norm)], ids=str
 )
 def test_what_every_read_advances_trains_like_its_original_once_u_and_v_are_found(layer: Layer) -> None:
-    model, original = layer.model(parametrized_spectral_norm), layer.model(parametrized_spectral_norm)
+    model, original = layer.model(parametrizations.spectral_norm), layer.model(parametrizations.spectral_norm)
     parameters, others = list(model.parameters()), list(original.parameters())
     convert(model)
     for one, values in ((model, parameters), (original, others)):
@@ -212,7 +209,7 @@ def test_a_name_that_ours_refuses_is_reported_and_not_converted(norm: Norm, name
 @weight_norms
 def test_a_bias_is_converted_too(norm: Norm) -> None:
     model = Holder(norm(LINEAR.make(), "bias"))
-    original = copy.deepcopy(model) if norm is parametrized_weight_norm else None
+    original = copy.deepcopy(model) if norm is parametrizations.weight_norm else None
     bias = model.layer.bias.detach().clone()
     assert convert(model) == ["layer.bias"]
     torch.testing.assert_close(model.layer.bias.detach(), bias)
@@ -223,7 +220,7 @@ def test_a_bias_is_converted_too(norm: Norm) -> None:
 
 
 def test_a_vector_normed_by_the_spectral_parametrization_is_converted() -> None:
-    model = Holder(parametrized_spectral_norm(LINEAR.make(), "bias"))
+    model = Holder(parametrizations.spectral_norm(LINEAR.make(), "bias"))
     expected = model.layer.bias.detach().clone()
     assert convert(model) == ["layer.bias"]
     torch.testing.assert_close(model.layer.bias.detach(), expected)
@@ -245,7 +242,7 @@ def test_a_vector_normed_by_the_spectral_hook_is_converted() -> None:
 @both_norms
 def test_no_hook_of_any_kind_is_left(layer: Layer, norm: Norm) -> None:
     model = layer.model(norm)
-    assert hooks_of(model) or norm is parametrized_spectral_norm
+    assert hooks_of(model) or norm is parametrizations.spectral_norm
     convert(model)
     assert hooks_of(model) == []
     assert not any(isinstance(module, parametrize.ParametrizationList) for module in model.modules())
@@ -278,7 +275,7 @@ def test_hooks_of_others_stay_in_their_order(norm: Norm) -> None:
 def test_a_load_hook_of_the_users_own_stays() -> None:
     """Even if it looks like torch's: a closure with a variable called name."""
     name, called = "weight", []
-    model = parametrized_weight_norm(nn.Linear(4, 3))
+    model = parametrizations.weight_norm(nn.Linear(4, 3))
     model.register_load_state_dict_pre_hook(lambda *arguments: called.append(name))
     convert(model)
     model.load_state_dict(model.state_dict())
@@ -289,23 +286,20 @@ def test_a_load_hook_of_the_users_own_stays() -> None:
 def test_nothing_is_converted_twice(norm: Norm) -> None:
     model = LINEAR.model(norm)
     convert(model)
-    before = Picture(model)
-    assert convert(model) == []
-    assert_unchanged(model, before)
+    with unchanged(model):
+        assert convert(model) == []
 
 
 def test_what_is_ours_already_stays_as_it_is() -> None:
-    model = nn.Sequential(WeightNorm().apply(nn.Linear(4, 3)), parametrized_weight_norm(nn.Linear(3, 2)))
-    before = Picture(model[0])
-    assert convert(model) == ["1.weight"]
-    assert_unchanged(model[0], before)
+    model = nn.Sequential(WeightNorm().apply(nn.Linear(4, 3)), parametrizations.weight_norm(nn.Linear(3, 2)))
+    with unchanged(model[0]):
+        assert convert(model) == ["1.weight"]
 
 
 def test_nothing_to_convert_returns_an_empty_list_and_changes_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.LSTM(3, 2), parametrizations.orthogonal(nn.Linear(2, 2)))
-    before = Picture(model)
-    assert convert(model) == []
-    assert_unchanged(model, before)
+    with unchanged(model):
+        assert convert(model) == []
 
 
 @both_norms
@@ -365,7 +359,7 @@ def test_norms_of_both_spellings_on_one_module(norm: Norm) -> None:
 
     def build() -> nn.Module:
         torch.manual_seed(1)
-        return Holder(parametrized_weight_norm(norm(nn.LSTM(3, 4), "weight_ih_l0"), "weight_hh_l0"))
+        return Holder(parametrizations.weight_norm(norm(nn.LSTM(3, 4), "weight_ih_l0"), "weight_hh_l0"))
 
     model, original = build().eval(), build().eval()
     x = torch.randn(5, 2, 3)
@@ -446,7 +440,7 @@ def bilinear_with(order: tuple[str, ...]) -> nn.Module:
     layer.extra = nn.Parameter(torch.randn(3, 4))
     apply: dict[str, Callable[[], Any]] = {
         "ours": lambda: WeightNorm("extra").apply(layer),
-        "torch's": lambda: parametrized_weight_norm(layer),
+        "torch's": lambda: parametrizations.weight_norm(layer),
         "another": lambda: parametrize.register_parametrization(layer, "bias", Double()),
     }
     for tool in order:
@@ -492,7 +486,7 @@ def test_a_shared_module_is_converted_once(norm: Norm) -> None:
 @weight_norms
 def test_parameters_that_two_modules_share_stay_shared(norm: Norm) -> None:
     model = nn.Sequential(norm(nn.Linear(4, 4)), nn.Tanh(), norm(nn.Linear(4, 4)))
-    owners = [m.parametrizations.weight if norm is parametrized_weight_norm else m for m in (model[0], model[2])]
+    owners = [m.parametrizations.weight if norm is parametrizations.weight_norm else m for m in (model[0], model[2])]
     magnitude, direction = list(owners[0].named_parameters(recurse=False))[-2:]
     for name, parameter in (magnitude, direction):
         setattr(owners[1], name, parameter)
@@ -528,9 +522,8 @@ def test_the_copy_and_the_model_it_was_copied_from_stay_whole(norm: Norm, verb: 
     copied = copy.deepcopy(model)
     changed, other = (copied, model) if on_the_copy else (model, copied)
     expected = wrapped(norm)(X).detach()
-    before = Picture(other)
-    assert verb(changed) == ["0.weight", "2.weight"]
-    assert_unchanged(other, before)
+    with unchanged(other):
+        assert verb(changed) == ["0.weight", "2.weight"]
     torch.testing.assert_close(changed(X).detach(), expected)
     torch.testing.assert_close(other(X).detach(), expected)
 
@@ -545,7 +538,7 @@ def test_the_copy_and_the_model_it_was_copied_from_stay_whole(norm: Norm, verb: 
     torch.testing.assert_close(other(X), reference(X))
 
 
-@pytest.mark.parametrize("norm", [parametrized_weight_norm, parametrized_spectral_norm])
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_torchs_own_removal_works_on_the_model_that_was_not_converted(norm: Norm) -> None:
     model = wrapped(norm)
     copied = copy.deepcopy(model)
@@ -611,7 +604,7 @@ def test_weights_that_are_read_without_a_call_are_fresh(norm: Norm, training: bo
 
 
 def test_weights_that_are_read_without_a_call_train_as_in_the_parametrization() -> None:
-    model, original = encoder(parametrized_weight_norm), encoder(parametrized_weight_norm)
+    model, original = encoder(parametrizations.weight_norm), encoder(parametrizations.weight_norm)
     parameters, others = list(model.parameters()), list(original.parameters())
     convert(model)
     for trained, values in ((model, parameters), (original, others)):
@@ -658,13 +651,13 @@ class ParametrizationOfSomebody(parametrizations._WeightNorm):
 
 
 def with_another_after(module: nn.Module) -> nn.Module:
-    parametrize.register_parametrization(parametrized_weight_norm(module), "weight", Double())
+    parametrize.register_parametrization(parametrizations.weight_norm(module), "weight", Double())
     return module
 
 
 def with_another_before(module: nn.Module) -> nn.Module:
     parametrize.register_parametrization(module, "weight", Double())
-    return parametrized_spectral_norm(module)
+    return parametrizations.spectral_norm(module)
 
 
 def with_parametrization_subclass(module: nn.Module) -> nn.Module:
@@ -678,7 +671,7 @@ def with_parametrized_part(module: nn.Module) -> nn.Module:
 
 
 def with_pruned_original(module: nn.Module) -> nn.Module:
-    prune.l1_unstructured(parametrized_weight_norm(module).parametrizations.weight, "original1", 0.5)
+    prune.l1_unstructured(parametrizations.weight_norm(module).parametrizations.weight, "original1", 0.5)
     return module
 
 
@@ -720,24 +713,21 @@ def test_what_is_not_torchs_norm_alone_is_refused_by_name_and_nothing_is_changed
 ) -> None:
     model = nn.Sequential(
         hook_weight_norm(nn.Linear(4, 4)),
-        parametrized_weight_norm(nn.Linear(4, 4)),
+        parametrizations.weight_norm(nn.Linear(4, 4)),
         hook_spectral_norm(nn.Linear(4, 4)),
         nn.ModuleDict({"inner": spoil(nn.Linear(4, 4))}),
-        parametrized_spectral_norm(nn.Linear(4, 4)),
+        parametrizations.spectral_norm(nn.Linear(4, 4)),
         WeightNorm().apply(nn.Linear(4, 4)),
     )
-    before = Picture(model)
-    with pytest.raises(ValueError, match=r"'3\.inner\.weight' of this Linear.*" + says):
+    with unchanged(model), pytest.raises(ValueError, match=r"'3\.inner\.weight' of this Linear.*" + says):
         verb(model)
-    assert_unchanged(model, before)
 
 
 def test_a_report_shows_what_convert_refuses() -> None:
     for spoil, _ in REFUSED.values():
         model = nn.Sequential(spoil(nn.Linear(4, 4)))
-        before = Picture(model)
-        assert report(model).rows[0].name == "0.weight"
-        assert_unchanged(model, before)
+        with unchanged(model):
+            assert report(model).rows[0].name == "0.weight"
 
 
 # Norms of other projects, in the forms in which people write them
@@ -890,12 +880,11 @@ def test_a_report_shows_the_norm_of_another_project_as_foreign(
     model = nn.Sequential(make())
     if after_a_forward:
         model(torch.ones(2, 4))
-    before = Picture(model)
-    (row,) = report(model).rows
-    shown = re.sub(r" [0-9×]+", "", row.parts)
-    assert (row.name, row.norm, row.spelling, row.shape) == (f"0.{name}", kind, "foreign", (4, 4))
-    assert (shown, row.dim, row.state) == (parts, "", "")
-    assert_unchanged(model, before)
+    with unchanged(model):
+        (row,) = report(model).rows
+        shown = re.sub(r" [0-9×]+", "", row.parts)
+        assert (row.name, row.norm, row.spelling, row.shape) == (f"0.{name}", kind, "foreign", (4, 4))
+        assert (shown, row.dim, row.state) == (parts, "", "")
 
 
 @pytest.mark.parametrize("norm", WEIGHT_NORMS.values(), ids=WEIGHT_NORMS.keys())
@@ -903,10 +892,8 @@ def test_convert_names_the_norms_of_other_projects_in_one_warning_and_goes_on(no
     torch.manual_seed(0)
     model = nn.Sequential(norm(nn.Linear(4, 4)), *(make() for make, *_ in FOREIGN.values()), norm(nn.Linear(4, 4)))
     left = nn.Sequential(*model[1:-1])
-    before = Picture(left)
-    with pytest.warns(UserWarning, match="convert leaves alone what looks like") as warned:
+    with unchanged(left), pytest.warns(UserWarning, match="convert leaves alone what looks like") as warned:
         assert convert(model) == ["0.weight", "8.weight"]
-    assert_unchanged(left, before)
     (warning,) = warned
     assert warning.filename == __file__
     for index, (_, name, module, kind, parts) in enumerate(FOREIGN.values(), 1):
@@ -916,24 +903,15 @@ def test_convert_names_the_norms_of_other_projects_in_one_warning_and_goes_on(no
 
 def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(hook_weight_norm(nn.Linear(4, 4)), ByHand())
-    before = Picture(model)
-    with warnings.catch_warnings():
+    with unchanged(model), warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match=r"'1\.kernel' of this ByHand"):
             convert(model)
-    assert_unchanged(model, before)
 
 
-class Recomputing(nn.Module):
+class Recomputing(Net):
     def __init__(self) -> None:
-        super().__init__()
-        self.wn = WeightNorm()
-        self.fc = self.wn.apply(nn.Linear(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.wn.recompute(self.fc)
-        output: Tensor = self.fc(x)
-        return output
+        super().__init__(layer=nn.Linear(4, 4))
 
 
 class Gate(nn.Module):
@@ -996,7 +974,7 @@ NO_ALARM: dict[str, Callable[[], nn.Module]] = {
     "resembling": Gate,
     "lazy": lambda: nn.LazyLinear(4),
     "all at once": lambda: nn.Sequential(
-        normed_lstm(), Gate(), parametrized_weight_norm(hook_spectral_norm(nn.Bilinear(4, 4, 4)), "bias")
+        normed_lstm(), Gate(), parametrizations.weight_norm(hook_spectral_norm(nn.Bilinear(4, 4, 4)), "bias")
     ),
 }
 
@@ -1019,12 +997,12 @@ def test_what_is_known_or_only_resembles_is_not_foreign(make: Callable[[], nn.Mo
 
 def every_spelling() -> nn.Module:
     torch.manual_seed(0)
-    lstm = parametrized_weight_norm(parametrized_weight_norm(nn.LSTM(4, 4), "weight_hh_l0"), "weight_ih_l0")
+    lstm = parametrizations.weight_norm(parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0"), "weight_ih_l0")
     return nn.Sequential(
         hook_weight_norm(nn.Linear(4, 4)),
-        parametrized_weight_norm(nn.Linear(4, 4)),
+        parametrizations.weight_norm(nn.Linear(4, 4)),
         hook_spectral_norm(nn.Linear(4, 4)),
-        parametrized_spectral_norm(nn.Linear(4, 4)),
+        parametrizations.spectral_norm(nn.Linear(4, 4)),
         hook_weight_norm(hook_spectral_norm(nn.LSTM(4, 4), "weight_ih_l0"), "weight_hh_l0"),
         nn.ModuleList([lstm]),
     ).eval()
@@ -1039,18 +1017,10 @@ def run_every_spelling(model: nn.Module) -> Tensor:
 
 
 def test_ctrl_c_at_any_line_of_convert_leaves_it_undone_or_done() -> None:
-    expected, done = run_every_spelling(every_spelling()), every_spelling()
+    done = every_spelling()
     assert len(convert(done)) == 8
-    outcomes = []
-    for model, before in interrupted(every_spelling, convert):
-        outcomes.append(is_unchanged(model, before))
-        if not outcomes[-1]:
-            assert anatomy(model) == anatomy(done)
-            assert hooks_of(model) == []
-        torch.testing.assert_close(run_every_spelling(model), expected)
-    assert len(outcomes) > 100
-    assert outcomes[0]
-    assert not outcomes[-1]
+    assert hooks_of(done) == []
+    check_ctrl_c_at_every_line(every_spelling, convert, run_every_spelling, lines=100)
 
 
 # Checkpoints

@@ -6,21 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from layers import SUBJECTS, NoNorm, Subject, change_parts, loss_of, subject, tensors_of, weight_of
+from layers import SUBJECTS, NoNorm, Subject, change_parts, holding, loss_of, subject, tensors_of, weight_of
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from explicit_wn import WeightNorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-
-
-class Holder(nn.Module):
-    """A weight and nothing else."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(*shape))
 
 
 SHAPES: list[tuple[int, ...]] = [(3,), (2, 3), (2, 3, 2), (2, 1, 3, 2)]
@@ -51,7 +43,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(
     verb: str, shape: tuple[int, ...], dim: int | None, eps: float
 ) -> None:
     norm = WeightNorm(dim=dim, eps=eps)
-    module = norm.apply(Holder(*shape).double())
+    module = norm.apply(holding(torch.randn(shape, dtype=torch.float64)))
     change_parts(module, seed=1)
     parts = tuple(p.detach().clone().requires_grad_() for p in (module.weight_g, module.weight_v))
     run = weight_by(verb, norm, module)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from captured import Captured, exported, scripted, traced
 from layers import Dim, Net, change_parts, loss_of, norm_of, weight_of
 from torch import Tensor, nn
 
@@ -38,18 +39,6 @@ def kept(dim: Dim, ndim: int) -> int | None:
 
 every_dim = pytest.mark.parametrize(("ndim", "dim"), [(ndim, dim) for ndim in range(1, 6) for dim in dims_of(ndim)])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def in_torchscript(model: nn.Module, x: Tensor) -> Any:
-    return torch.jit.script(model)
-
-
-def traced(model: nn.Module, x: Tensor) -> Any:
-    return torch.jit.trace(model, x)
-
-
-def exported(model: nn.Module, x: Tensor) -> Any:
-    return torch.export.export(model, (x,)).module()
 
 
 @every_dim
@@ -92,7 +81,7 @@ def test_the_weight_and_its_gradients_are_right(form: str, eps: float, dtype: to
 
 
 CAPTURED = [
-    *((context, dtype) for context in (in_torchscript, traced) for dtype in DTYPES),
+    *((context, dtype) for context in (scripted, traced) for dtype in DTYPES),
     (exported, torch.float32),
     (exported, torch.bfloat16),
 ]
@@ -101,12 +90,12 @@ CAPTURED = [
 @every_dim
 @pytest.mark.parametrize(("context", "dtype"), CAPTURED, ids=[f"{c.__name__}-{dtype}" for c, dtype in CAPTURED])
 def test_the_weight_is_fresh_in_a_captured_graph(
-    context: Callable[[nn.Module, Tensor], Any], dtype: torch.dtype, ndim: int, dim: Dim
+    context: Callable[..., Captured], dtype: torch.dtype, ndim: int, dim: Dim
 ) -> None:
     model = Net(WeightNorm(dim=dim), Weight(SHAPE[:ndim], dtype))
     change_parts(model, seed=1)
     x = torch.tensor(2.0, dtype=dtype)
-    captured = context(model, x)
+    captured = context(model, (x,)).run
     for seed in (2, 3):
         change_parts(captured, seed)
         parts = dict(captured.named_parameters())

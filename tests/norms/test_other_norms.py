@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from by_hand import NORMS, OTHERS, ByHand, length
+from layers import holding
+from norms_by_hand import NORMS, OTHERS, ByHand, length
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
@@ -16,14 +17,6 @@ from explicit_wn import ForcedWeightNorm, ScaledWeightNorm, SigmaReparam, UnitNo
 
 each_norm = pytest.mark.parametrize("norm", OTHERS.values(), ids=OTHERS)
 RENORMED = {name: OTHERS[name] for name in ("ForcedWeightNorm", "UnitNorm")}
-
-
-class Holder(nn.Module):
-    """A weight and nothing else."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(*shape))
 
 
 def parts_of(module: nn.Module, norm: ByHand, name: str = "weight") -> dict[str, Tensor]:
@@ -49,7 +42,7 @@ def change(module: nn.Module, norm: ByHand) -> None:
 def test_weight_and_gradients_are_those_of_the_formula(
     norm: ByHand, shape: tuple[int, ...], dim: int, dtype: torch.dtype
 ) -> None:
-    wn, module = norm.make("weight", dim), Holder(*shape).to(dtype).eval()
+    wn, module = norm.make("weight", dim), holding(torch.randn(shape, dtype=dtype)).eval()
     wn.apply(module)
     change(module, norm)
     parts = parts_of(module, norm)

@@ -1,5 +1,6 @@
 """What holds for any weight: every shape, dim, dtype, layout and eps, beside the formulas in double precision."""
 
+import copy
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from layers import loss_of
 from random_examples import drawn
 from torch import Tensor, nn
+from whole_models import unchanged
 
 from explicit_wn import SpectralNorm, WeightNorm, functional
 
@@ -156,25 +158,6 @@ def cases(draw: Any, spectral: bool = False) -> Case:
     )
 
 
-def state_of(module: nn.Module) -> Any:
-    """All that a refused call could have changed."""
-    tensors = {
-        n: (id(t), t.detach().clone(), t.requires_grad)
-        for n, t in (*module.named_parameters(), *module.named_buffers())
-    }
-    return type(module), sorted(vars(module)), tensors
-
-
-def assert_unchanged(module: nn.Module, before: Any) -> None:
-    cls, attributes, tensors = state_of(module)
-    assert cls is before[0]
-    assert attributes == before[1]
-    assert list(tensors) == list(before[2])
-    for name, (identity, value, requires_grad) in tensors.items():
-        assert (identity, requires_grad) == (before[2][name][0], before[2][name][2])
-        assert torch.equal(value, before[2][name][1])
-
-
 def has_no_direction(weight: Tensor, dim: int | None, eps: float) -> bool:
     """Whether a slice has the magnitude 0 in the precision of the weight."""
     norm = power_norm(weight, 2, dim).to(weight.dtype)
@@ -193,10 +176,8 @@ def normed(case: Case, verb: str = "apply") -> tuple[WeightNorm, Any] | None:
     """The layer with its norm, or None for what is refused: that is said once, and the layer is untouched."""
     norm, layer = WeightNorm("kernel", case.dim, case.eps), case.layer()
     if has_no_direction(case.weight, case.kept, case.eps):
-        before = state_of(layer)
-        with pytest.raises(ValueError, match="has no direction"):
+        with unchanged(layer), pytest.raises(ValueError, match="has no direction"):
             getattr(norm, verb)(layer)
-        assert_unchanged(layer, before)
         return None
     getattr(norm, verb)(layer)
     return norm, layer
@@ -289,11 +270,12 @@ def test_what_is_assigned_is_read(case: Case, dtype: torch.dtype) -> None:
         return
     norm, layer = both
     wanted = case.numbers(case.weight.shape, 1).to(dtype)
-    before = state_of(layer)
+    identities, before = list(map(id, layer.parameters())), copy.deepcopy(layer.state_dict())
     if is_expanded(layer.kernel_v):
         with pytest.raises(RuntimeError, match="single memory location"):
             norm.assign(layer, wanted)
-        assert_unchanged(layer, before)
+        torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+        assert list(map(id, layer.parameters())) == identities
         return
     norm.assign(layer, wanted)
     close(layer.kernel, wanted.to(case.weight.dtype))
@@ -301,7 +283,7 @@ def test_what_is_assigned_is_read(case: Case, dtype: torch.dtype) -> None:
         weight_of(layer.kernel_g, layer.kernel_v, case.kept, case.eps).to(case.weight.dtype),
         wanted.to(case.weight.dtype),
     )
-    assert {name: entry[0] for name, entry in state_of(layer)[2].items()} == {n: e[0] for n, e in before[2].items()}
+    assert list(map(id, layer.parameters())) == identities
 
 
 POWERS = st.one_of(st.sampled_from([1, 2, 3, 4, 0.5, 1.5, 2.0, math.inf]), st.floats(0.5, 8))
@@ -353,11 +335,9 @@ def test_what_is_refused_says_why_and_changes_nothing(
 ) -> None:
     norm, options, weight, error, words = refusal
     layer = Layer(weight, requires_grad=False)
-    before = state_of(layer)
-    with pytest.raises(error, match=words) as raised:
+    with unchanged(layer), pytest.raises(error, match=words) as raised:
         getattr(norm, verb)(layer, **options)
     assert "'kernel' of this Layer" in str(raised.value)
-    assert_unchanged(layer, before)
 
 
 # SpectralNorm
@@ -450,7 +430,5 @@ def test_a_weight_whose_sigma_is_one_is_assigned_and_read(case: Case) -> None:
     close(layer.kernel.detach(), wanted, ulps=16, scale=1.0)
     assert torch.equal(layer.kernel_orig, wanted)
     if wanted.dim() > 1:
-        before = state_of(layer)
-        with pytest.raises(ValueError, match="largest singular value is"):
+        with unchanged(layer), pytest.raises(ValueError, match="largest singular value is"):
             norm.assign(layer, 2 * wanted)
-        assert_unchanged(layer, before)

@@ -6,9 +6,7 @@ weight from them. Both are checked at every call, against power iterations that 
 
 import copy
 import functools
-import io
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,12 +17,33 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from layers import NoNorm, Subject, loss_of, read_stale, subject
+from captured import (
+    CONTEXTS,
+    Captured,
+    compiled,
+    compiled_by_inductor,
+    deep_copied,
+    exported,
+    exported_strictly,
+    frozen,
+    fx_traced,
+    in_eager,
+    optimized_for_inference,
+    same,
+    saved_and_loaded,
+    scripted,
+    scripted_and_loaded,
+    scripted_by_us,
+    traced,
+    traced_and_loaded,
+)
+from layers import Net, NoNorm, Subject, holding, loss_of, read_stale, subject
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import spectral_norm as hook
 from torch.nn.utils import weight_norm as weight_norm_hook
 from torch.nn.utils.parametrizations import spectral_norm as parametrization
+from whole_models import unchanged
 
 import explicit_wn
 from explicit_wn import SpectralNorm, WeightNorm, functional
@@ -278,13 +297,8 @@ def dims_of(shape: tuple[int, ...]) -> list[Any]:
 
 @pytest.mark.parametrize(("shape", "dim"), [p for n in range(2, 6) for p in dims_of((3, 2, 4, 2, 3)[:n])])
 def test_the_largest_singular_value_is_one_for_every_dim(shape: tuple[int, ...], dim: Any) -> None:
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.kernel = nn.Parameter(torch.randn(shape))
-
     rows = dim if isinstance(dim, int) else 0
-    module = Holder()
+    module = holding(torch.randn(shape), "kernel")
     orig = module.kernel.detach().clone()
     SpectralNorm("kernel", dim=dim, warmup=500).apply(module)
     kernel: Any = module.kernel
@@ -469,15 +483,6 @@ def make(which: Subject, training: bool) -> nn.Module:
     return model
 
 
-@attrs.frozen
-class Captured:
-    """What a context made of a model."""
-
-    run: Callable[..., Any]
-    module: nn.Module | None
-    """What holds the parts that `run` computes from; None if they are folded away."""
-
-
 def check(captured: Captured, which: Subject, training: bool) -> None:
     module = captured.module
     assert module is not None
@@ -494,96 +499,6 @@ def check(captured: Captured, which: Subject, training: bool) -> None:
         torch.testing.assert_close(parameter.grad, wanted.gradients[name])
 
 
-def through_bytes(save: Callable[[Any, Any], Any], load: Callable[[Any], Any], what: Any) -> Any:
-    file = io.BytesIO()
-    save(what, file)
-    file.seek(0)
-    return load(file)
-
-
-def same(module: Any) -> Captured:
-    return Captured(module, module)
-
-
-def in_eager(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(model)
-
-
-def scripted(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(torch.jit.script(model))
-
-
-def scripted_by_us(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(explicit_wn.script(model))
-
-
-def scripted_and_loaded(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(through_bytes(torch.jit.save, torch.jit.load, torch.jit.script(model)))
-
-
-def frozen(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return Captured(torch.jit.freeze(explicit_wn.script(model)), None)
-
-
-def optimized_for_inference(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return Captured(torch.jit.optimize_for_inference(explicit_wn.script(model)), None)
-
-
-def traced(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    # torch's check runs the model again and compares, which cannot be for a model that changes as it runs
-    return same(torch.jit.trace(model, inputs, check_trace=not model.training))
-
-
-def traced_and_loaded(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(through_bytes(torch.jit.save, torch.jit.load, traced(model, inputs).run))
-
-
-def exported(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(torch.export.export(model, inputs, strict=False).module())
-
-
-def exported_strictly(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(torch.export.export(model, inputs, strict=True).module())
-
-
-def exported_and_loaded(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    program = torch.export.export(model, inputs, strict=False)
-    return same(through_bytes(torch.export.save, torch.export.load, program).module())
-
-
-def compiled(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    torch._dynamo.reset()
-    return Captured(torch.compile(model, backend="aot_eager", fullgraph=True), model)
-
-
-def deep_copied(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(copy.deepcopy(model))
-
-
-def saved_and_loaded(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(through_bytes(torch.save, lambda file: torch.load(file, weights_only=False), model))
-
-
-def fx_traced(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    return same(torch.fx.symbolic_trace(model))
-
-
-CONTEXTS = [
-    in_eager,
-    scripted,
-    scripted_and_loaded,
-    frozen,
-    optimized_for_inference,
-    traced,
-    traced_and_loaded,
-    exported,
-    exported_strictly,
-    exported_and_loaded,
-    compiled,
-    deep_copied,
-    saved_and_loaded,
-    fx_traced,
-]
 KINDS = [
     "Linear",
     "Conv2d_channels_last",
@@ -598,7 +513,7 @@ SUBJECTS = [subject(kind, form) for kind in KINDS for form in ("explicit", "inli
 
 def cells() -> Iterator[Any]:
     """Every context with every subject, but for what torch does not do."""
-    for context in CONTEXTS:
+    for context in (*CONTEXTS, traced_and_loaded, fx_traced):
         for which in SUBJECTS:
             if which.recurrent and context in (compiled, exported_strictly, fx_traced):
                 continue
@@ -660,18 +575,13 @@ def test_every_context_iterates_as_the_settings_say(context: Callable[..., Captu
             torch.testing.assert_close(tensors[f"0.weight_{part}"], value)
 
 
-class Often(nn.Module):
+class Often(Net):
     """Recomputes twice in one forward, and reads the weight many times."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.sn = spectral()
-        self.fc = self.sn.apply(nn.Linear(3, 3))
-
     def forward(self, x: Tensor) -> Tensor:
-        self.sn.recompute(self.fc)
+        self.wn.recompute(self.fc)
         first = self.fc(x) + x @ self.fc.weight.t() + self.fc(x * x)
-        self.sn.recompute(self.fc)
+        self.wn.recompute(self.fc)
         return first.tanh() + self.fc(x) + x @ self.fc.weight
 
 
@@ -692,13 +602,6 @@ def expected_of_often(module: nn.Module, x: Tensor, training: bool) -> Expected:
     return Expected(output.detach(), gradients, {"fc.weight_u": vectors[0], "fc.weight_v": vectors[1]})
 
 
-def compiled_by_inductor(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("inductor needs a C++ compiler")
-    torch._dynamo.reset()
-    return Captured(torch.compile(model, fullgraph=True), model)
-
-
 @both_modes
 @pytest.mark.parametrize(
     "context", [in_eager, scripted, traced, exported, exported_strictly, compiled, compiled_by_inductor]
@@ -706,7 +609,7 @@ def compiled_by_inductor(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captur
 def test_every_recompute_advances_once_however_often_the_weight_is_read(
     context: Callable[..., Captured], training: bool
 ) -> None:
-    model, x = Often().train(training), torch.randn(2, 3)
+    model, x = Often(spectral(), nn.Linear(3, 3)).train(training), torch.randn(2, 3)
     change_parts(model, seed=1)
     captured = context(model, (x,))
     assert captured.module is not None
@@ -726,7 +629,7 @@ def test_every_recompute_advances_once_however_often_the_weight_is_read(
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 @both_modes
 def test_an_exported_program_computes_once_a_recompute_and_mutates_its_buffers(training: bool, strict: bool) -> None:
-    model = Often().train(training)
+    model = Often(spectral(), nn.Linear(3, 3)).train(training)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     program = torch.export.export(model, (torch.randn(2, 3),), strict=strict)
     sigmas = [node for node in program.graph.nodes if node.target == torch.ops.aten.dot.default]
@@ -1322,14 +1225,6 @@ def test_it_shows_its_settings() -> None:
 # Bad input
 
 
-def state_of(module: nn.Module) -> list[Any]:
-    """All that a refused call must leave alone."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    values = {name: (id(tensor), repr(tensor)) for name, tensor in tensors.items()}
-    hooks = {name: list(value) for name, value in vars(module).items() if isinstance(value, dict) and "hook" in name}
-    return [type(module), sorted(vars(module)), values, hooks, repr(module)]
-
-
 BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dim": 2}, ValueError, "dim=2 is out of range for a weight of 2 dimensions"),
     ({"dim": -3}, ValueError, "dim=-3 is out of range for a weight of 2 dimensions"),
@@ -1346,12 +1241,10 @@ def test_settings_that_do_not_fit_the_module_are_refused(
     settings: dict[str, Any], error: type[Exception], message: str, form: str
 ) -> None:
     module = nn.Linear(4, 3)
-    before = state_of(module)
-    with pytest.raises(error, match=re.escape(message)) as refused:
+    with unchanged(module), pytest.raises(error, match=re.escape(message)) as refused:
         getattr(SpectralNorm(**settings), form)(module)
     name = settings.get("name", "weight")
     assert f"cannot norm {name!r} of this Linear" in str(refused.value)
-    assert state_of(module) == before
 
 
 def zero() -> nn.Module:
@@ -1395,23 +1288,17 @@ BAD_MODULES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 @both_forms
 @pytest.mark.parametrize(("make", "words"), BAD_MODULES.values(), ids=BAD_MODULES)
 def test_bad_modules_are_refused(make: Callable[[], nn.Module], words: list[str], form: str) -> None:
-    module = make()
-    before = state_of(module)
-    with pytest.raises(
-        ValueError, match=r"SpectralNorm\('weight', dim=None\) cannot norm 'weight' of this "
-    ) as refused:
+    module, says = make(), r"SpectralNorm\('weight', dim=None\) cannot norm 'weight' of this "
+    with unchanged(module), pytest.raises(ValueError, match=says) as refused:
         getattr(SpectralNorm(), form)(module)
     for word in words:
         assert word in str(refused.value)
-    assert state_of(module) == before
 
 
 def test_weight_norm_is_refused_on_top_as_well() -> None:
     module = SpectralNorm().apply(nn.Linear(4, 3))
-    before = state_of(module)
-    with pytest.raises(ValueError, match=r"normed already, by SpectralNorm.*'weight_v'"):
+    with unchanged(module), pytest.raises(ValueError, match=r"normed already, by SpectralNorm.*'weight_v'"):
         WeightNorm().apply(module)
-    assert state_of(module) == before
 
 
 @pytest.mark.parametrize("module", [torch.ones(2, 2), None, nn.Linear, "fc"], ids=["tensor", "None", "class", "str"])
@@ -1433,13 +1320,11 @@ def test_an_interrupted_apply_leaves_the_module_alone(monkeypatch: pytest.Monkey
 
     for method in ("split", "formula"):
         module = nn.Linear(4, 3)
-        before = state_of(module)
 
         class Interrupted(SpectralNorm):
             _was_tried = True  # so that it is the module that its formula is computed of
 
         original = getattr(SpectralNorm, method)
         monkeypatch.setattr(Interrupted, method, staticmethod(functools.wraps(original)(interrupted)))
-        with pytest.raises(KeyboardInterrupt):
+        with unchanged(module), pytest.raises(KeyboardInterrupt):
             Interrupted().apply(module)
-        assert state_of(module) == before

@@ -6,27 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from layers import make_stale
-from torch import Tensor, nn
+from layers import by_hand, holding, make_stale
+from torch import nn
 
 from explicit_wn import WeightNorm
-
-
-def by_hand(module: nn.Module, name: str, dim: int | None, eps: float = 0.0) -> Tensor:
-    """g · v / max(‖v‖, eps), from the parts as they are now."""
-    g, v = getattr(module, f"{name}_g"), getattr(module, f"{name}_v")
-    others = [d for d in range(v.dim()) if d != dim]
-    squares = v.square().sum(others, keepdim=True) if others else v.square()
-    norm = squares.sqrt() if dim is not None else v.square().sum().sqrt()
-    return g * v / norm.clamp(min=eps)
-
-
-def holding(weight: Tensor) -> nn.Module:
-    """A module with one parameter."""
-    module = nn.Module()
-    module.weight = nn.Parameter(weight)
-    return module
-
 
 # R
 

@@ -1,4 +1,8 @@
-"""The examples run as their readers run them, with warnings as errors, and what they print makes sense."""
+"""The examples run as their readers run them, with warnings as errors, and what they print makes sense.
+
+Those of one room are tested there: `models/test_model_examples.py`, `norms/test_spectral_examples.py` and
+`contexts/test_export_everywhere.py`.
+"""
 
 import re
 import subprocess

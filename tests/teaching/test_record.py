@@ -50,7 +50,7 @@ def loss_of(output: Tensor) -> Tensor:
     return (output - 1).square().sum()
 
 
-def by_hand(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def weights_by_hand(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The three weights, as leaves with the gradients that a plain network gives them."""
     weights = {
         name: state[f"{name}_g"] * state[f"{name}_v"] / state[f"{name}_v"].norm(dim=1, keepdim=True)
@@ -73,7 +73,7 @@ def test_each_step_has_the_parts_the_weight_and_its_gradient() -> None:
         used = train(net, 5)
     assert [one.name for one in recorded] == [name for name in NAMES for _ in used]
     for step, state in enumerate(used):
-        for name, weight in by_hand(state).items():
+        for name, weight in weights_by_hand(state).items():
             one = recorded[name][step]
             assert one.step == step
             torch.testing.assert_close(one.weight, weight.detach())

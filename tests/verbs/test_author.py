@@ -6,6 +6,8 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from captured import Captured, Inputs, compiled, exported, in_eager, same, scripted, traced
+from layers import Net
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -108,17 +110,6 @@ def test_a_norm_without_a_split_says_that_it_wants_one() -> None:
         written(split=None)().apply(nn.Linear(2, 3))
 
 
-class Model(nn.Module):
-    def __init__(self, mine: Any) -> None:
-        super().__init__()
-        self.mine = mine
-        self.fc = mine.apply(nn.Linear(2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.mine.recompute(self.fc)
-        return self.fc(x)
-
-
 def times(v: Tensor, factor: Tensor, count: Tensor) -> Tensor:
     return v * factor
 
@@ -141,24 +132,18 @@ class Counting(Reparametrization):
         return {"v": weight, "factor": torch.ones(()), "count": torch.zeros(())}
 
 
-IN: dict[str, Callable[[nn.Module, Tensor], Any]] = {
-    "eager": lambda model, x: model,
-    "script": lambda model, x: torch.jit.script(model),
-    "trace": lambda model, x: torch.jit.trace(model, x, check_trace=False),
-    "export": lambda model, x: torch.export.export(model, (x,)).module(),
-    "compile": lambda model, x: torch.compile(model, backend="aot_eager", fullgraph=True),
-    "prune": lambda model, x: prune.identity(model.fc, "weight_v") and model,
-}
+def pruned(model: Any, inputs: Inputs) -> Captured:
+    prune.identity(model.fc, "weight_v")
+    return same(model)
 
 
-@pytest.mark.parametrize("context", IN)
-def test_advance_takes_the_parts_and_settings_that_it_names_and_no_others(context: str) -> None:
-    torch.compiler.reset()
-    model, x = Model(Counting()), torch.randn(4, 2)
-    run = IN[context](model, x)
-    owner = run if context in ("script", "trace", "export") else model
-    count = next(buffer for name, buffer in owner.named_buffers() if name.endswith("weight_count"))
+@pytest.mark.parametrize("context", [in_eager, scripted, traced, exported, compiled, pruned])
+def test_advance_takes_the_parts_and_settings_that_it_names_and_no_others(context: Callable[..., Captured]) -> None:
+    model, x = Net(Counting(), nn.Linear(2, 3)), torch.randn(4, 2)
+    captured = context(model, (x,))
+    assert captured.module is not None
+    count = next(buffer for name, buffer in captured.module.named_buffers() if name.endswith("weight_count"))
     before = count.item()
     for number in (1, 2):
-        torch.testing.assert_close(run(x), nn.functional.linear(x, model.fc.weight_v, model.fc.bias))
+        torch.testing.assert_close(captured.run(x), nn.functional.linear(x, model.fc.weight_v, model.fc.bias))
         assert count.item() == before + 3 * number

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from layers import Net, weight_of
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval, parameters_to_vector, parametrize, prune, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
@@ -17,20 +18,9 @@ from explicit_wn.carrier import store_of
 linear = nn.functional.linear
 
 
-def weight_of(g: Tensor, v: Tensor) -> Tensor:
-    """g · v / ‖v‖, by rows."""
-    return g * v / v.square().sum(1, keepdim=True).sqrt()
-
-
-class Explicit(nn.Module):
+class Explicit(Net):
     def __init__(self) -> None:
-        super().__init__()
-        self.wn = WeightNorm()
-        self.fc = self.wn.apply(nn.Linear(4, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.wn.recompute(self.fc)
-        return self.fc(x)
+        super().__init__(layer=nn.Linear(4, 3))
 
 
 class Inlined(nn.Module):
@@ -69,6 +59,18 @@ def train_alike(
         torch.testing.assert_close(model.get_parameter(name).detach(), part.detach(), rtol=1e-4, atol=1e-5)
 
 
+def train_with_a_made_part(model: Any, part: str, held_as: str, make: Callable[[Tensor], Tensor]) -> None:
+    """The same with the part that a tool makes of what it holds by another name."""
+    other = "weight_v" if part == "weight_g" else "weight_g"
+    held, whole, bias = parts = parts_of(model.fc, held_as, other, "bias")
+
+    def formula(x: Tensor) -> Tensor:
+        g, v = (make(held), whole) if part == "weight_g" else (whole, make(held))
+        return linear(x, weight_of(g, v), bias)
+
+    train_alike(model, formula, parts, [f"fc.{held_as}", f"fc.{other}", "fc.bias"])
+
+
 # prune
 
 
@@ -77,18 +79,11 @@ def train_alike(
 def test_a_pruned_part_trains_under_its_mask(form: type[Any], part: str) -> None:
     model = form()
     prune.l1_unstructured(model.fc, part, 0.4)
-    other = "weight_v" if part == "weight_g" else "weight_g"
     mask = model.fc.get_buffer(f"{part}_mask").clone()
     assert 0 < mask.sum() < mask.numel()
     model(torch.ones(1, 4))
     assert (model.fc.weight is model.fc.weight) == (form is Explicit)  # computed once
-    pruned, whole, bias = parts = parts_of(model.fc, f"{part}_orig", other, "bias")
-
-    def formula(x: Tensor) -> Tensor:
-        g, v = (pruned * mask, whole) if part == "weight_g" else (whole, pruned * mask)
-        return linear(x, weight_of(g, v), bias)
-
-    train_alike(model, formula, parts, [f"fc.{part}_orig", f"fc.{other}", "fc.bias"])
+    train_with_a_made_part(model, part, f"{part}_orig", lambda held: held * mask)
 
 
 @every_form
@@ -154,15 +149,8 @@ def test_a_parametrized_part_trains(form: type[Any], part: str) -> None:
     model = form()
     parametrize.register_parametrization(model.fc, part, Doubled())
     parametrize.register_parametrization(model.fc, part, Positive())
-    other = "weight_v" if part == "weight_g" else "weight_g"
-    held, whole, bias = parts = parts_of(model.fc, f"parametrizations.{part}.original", other, "bias")
-
-    def formula(x: Tensor) -> Tensor:
-        made = nn.functional.softplus(2 * held + 0.1)
-        g, v = (made, whole) if part == "weight_g" else (whole, made)
-        return linear(x, weight_of(g, v), bias)
-
-    train_alike(model, formula, parts, [f"fc.parametrizations.{part}.original", f"fc.{other}", "fc.bias"])
+    held_as = f"parametrizations.{part}.original"
+    train_with_a_made_part(model, part, held_as, lambda held: nn.functional.softplus(2 * held + 0.1))
 
 
 @every_form

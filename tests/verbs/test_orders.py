@@ -1,13 +1,13 @@
 """One instance goes through several contexts in a row, and is right in each and in eager after each."""
 
 import copy
-import io
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from captured import reloaded
 from layers import Subject, change_parts, loss_of, subject, tensors_of
 from torch import Tensor, nn
 
@@ -50,10 +50,7 @@ def deep_copy(which: Subject, model: nn.Module) -> tuple[Any, nn.Module]:
 
 
 def pickle(which: Subject, model: nn.Module) -> tuple[Any, nn.Module]:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
+    loaded = reloaded(model)
     return loaded, loaded
 
 

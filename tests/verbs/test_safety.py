@@ -16,17 +16,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from layers import Net, weight_of
+from layers import Net, by_hand, weight_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.nn.utils import parametrizations
 from whole_models import (
-    Picture,
-    assert_unchanged,
     hook_spectral_norm,
     hook_weight_norm,
-    parametrized_spectral_norm,
-    parametrized_weight_norm,
     spectral_weight,
+    unchanged,
 )
 
 from explicit_wn import Reparametrization, SpectralNorm, WeightNorm, convert, normed
@@ -77,9 +75,9 @@ class Exponential(Reparametrization):
 def in_torchs_spellings() -> nn.Module:
     return nn.Sequential(
         hook_weight_norm(nn.Linear(3, 2)),
-        parametrized_weight_norm(nn.Conv1d(2, 3, 2), dim=None),
+        parametrizations.weight_norm(nn.Conv1d(2, 3, 2), dim=None),
         hook_spectral_norm(nn.Linear(2, 2)),
-        parametrized_spectral_norm(nn.Linear(3, 2)),
+        parametrizations.spectral_norm(nn.Linear(3, 2)),
     )
 
 
@@ -315,10 +313,9 @@ NOT_AS_PYTHON_READS_THEM = ["ﬁ", "ſ", "ª", "ℂ", "𝐰", "ﬀ_1", "e\u0301"
 @pytest.mark.parametrize("name", [*NO_IDENTIFIERS, *KEYWORDS, *TAKEN, *NOT_AS_PYTHON_READS_THEM], ids=ascii)
 def test_a_name_that_cannot_stand_in_source_is_refused_and_nothing_is_changed_or_written(name: str, verb: str) -> None:
     module = Layer(name)
-    before, known = Picture(module), set(linecache.cache)
-    with pytest.raises(ValueError, match="cannot norm"):
+    known = set(linecache.cache)
+    with unchanged(module), pytest.raises(ValueError, match="cannot norm"):
         getattr(WeightNorm(name), verb)(module)
-    assert_unchanged(module, before)
     assert set(linecache.cache) == known
 
 
@@ -330,10 +327,8 @@ ATTRIBUTES = ["forward", "_apply", "state_dict", "__class__", "__dict__", "__doc
 def test_a_name_that_every_module_uses_is_refused(name: str) -> None:
     module = Layer("weight")
     module._parameters[name] = module._parameters.pop("weight")
-    before = Picture(module)
-    with pytest.raises(ValueError, match="cannot norm"):
+    with unchanged(module), pytest.raises(ValueError, match="cannot norm"):
         WeightNorm(name).apply(module)
-    assert_unchanged(module, before)
 
 
 HARMLESS = [
@@ -357,28 +352,18 @@ HARMLESS = [
 @pytest.mark.parametrize("verb", ["apply", "inline"])
 @pytest.mark.parametrize("name", HARMLESS)
 def test_any_other_name_works_in_eager_mode_and_in_torchscript(name: str, verb: str) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wn = WeightNorm(name)
-            self.layer = getattr(self.wn, verb)(Layer(name))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.wn.recompute(self.layer)
-            return self.layer(x)
-
-    net = Net()
+    net = Net(WeightNorm(name), Layer(name), verb)
     change(net)
-    expected = weight_of(getattr(net.layer, f"{name}_g"), getattr(net.layer, f"{name}_v"), 0)
+    expected = by_hand(net.fc, name)
     net(torch.ones(1))
-    torch.testing.assert_close(getattr(net.layer, name), expected)
+    torch.testing.assert_close(getattr(net.fc, name), expected)
     scripted = torch.jit.script(net)
     change(net)
     scripted(torch.ones(1))
-    expected = weight_of(getattr(net.layer, f"{name}_g"), getattr(net.layer, f"{name}_v"), 0)
-    torch.testing.assert_close(getattr(scripted.layer, name), expected)
-    WeightNorm(name).remove(net.layer)
-    assert type(net.layer) is Layer
+    expected = by_hand(net.fc, name)
+    torch.testing.assert_close(getattr(scripted.fc, name), expected)
+    WeightNorm(name).remove(net.fc)
+    assert type(net.fc) is Layer
 
 
 class Lying(str):
@@ -497,10 +482,9 @@ def test_settings_of_our_norms_may_be_numpys_and_enums() -> None:
 )
 def test_a_setting_that_is_neither_number_nor_text_is_refused(value: Any) -> None:
     module = nn.Linear(3, 2)
-    before, known = Picture(module), set(linecache.cache)
-    with pytest.raises((TypeError, ValueError)):
+    known = set(linecache.cache)
+    with unchanged(module), pytest.raises((TypeError, ValueError)):
         Exponential(mode=value).apply(module)
-    assert_unchanged(module, before)
     assert set(linecache.cache) == known
 
 
@@ -512,10 +496,9 @@ def test_a_part_that_is_no_identifier_is_refused(part: Any) -> None:
             return {part: weight}
 
     module = nn.Linear(3, 2)
-    before, known = Picture(module), set(linecache.cache)
-    with pytest.raises((TypeError, ValueError)):
+    known = set(linecache.cache)
+    with unchanged(module), pytest.raises((TypeError, ValueError)):
         Odd().apply(module)
-    assert_unchanged(module, before)
     assert set(linecache.cache) == known
 
 
