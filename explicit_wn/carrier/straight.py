@@ -35,11 +35,14 @@ def recompute(module):
         return carefully.recompute_recipe(module, recipe)
     stored = store.pop({name!r}, None)
     if stored is not None:
-        old = stored.value
-        if stored.seal is not None or not old.is_inference() and old._version:
+        try:
+            written = stored.seal is not None or stored.value._version
+        except RuntimeError:  # of what inference mode made
+            written = False
+        if written:  # somebody may have, at least
             store[{name!r}] = stored
-            return carefully.recompute_recipe(module, recipe)  # somebody may have written into it
-        del stored, old  # freed before its successor is allocated: the same memory is used again
+            return carefully.recompute_recipe(module, recipe)
+        del stored  # freed before its successor is allocated: the same memory is used again
     {advance}
     try:
         value = {value}
