@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..contexts.capture import capturing, is_captured, kept_copy
 from ..contexts.torchscript import is_scripting, is_traced, is_tracing
+from .shapes import fitting
 from .weight import norm_except_dim, shape_of_g, weight_norm
 
 
@@ -76,6 +77,7 @@ def weight_standardization(v: Tensor, gain: Tensor, dim: int = 0, eps: float = 0
     >>> weight_standardization(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0]]))
     tensor([[-2.,  2.]])
     """
+    gain = fitting(v, gain, dim, "gain")
     rows = v.movedim(dim, 0).flatten(1)
     centered = v - rows.mean(1).view_as(gain)
     return weight_norm(centered, gain * (v.numel() / gain.numel()) ** 0.5, dim, eps)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..contexts.capture import capturing, is_captured
-from ..contexts.torchscript import is_scripting, is_traced, is_tracing, shape_of
+from ..contexts.torchscript import is_scripting, is_traced, is_tracing
 from . import middle_dim
+from .shapes import fitting
 
 
 def norm_except_dim(v: Tensor, pow: Union[int, float] = 2, dim: Optional[int] = 0) -> Tensor:
@@ -58,7 +59,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
         weight = None if capturing() else weight_norm_by_kernel(v, g, dim, eps)
         if weight is not None:
             return weight
-    _check_magnitude(v, g, dim)
+    g = fitting(v, g, dim)
     if eps > 0.0:
         # in half precision eps may be 0, and the norm infinite
         if is_scripting():  # nearly without branches, of which torch.jit.freeze resolves but so many
@@ -93,6 +94,7 @@ def scaled_weight_norm(
     """
     if clip is None:
         return weight_norm(v, g, dim, eps)
+    g = fitting(v, g, dim)
     norm = torch.norm_except_dim(v, 2, -1 if dim is None else dim)
     return v * (g / (norm.clamp_min(eps) if eps > 0.0 else norm)).clamp_max(clip)
 
@@ -107,6 +109,8 @@ def scaled_weight_norm_by_kernel(
         return None
     others = [other for other in range(v.dim()) if other != dim]
     norm: Tensor = torch.linalg.vector_norm(v, 2, others, dim is not None)
+    if g.shape != norm.shape:
+        return None
     return v * (g / norm).clamp_max(clip)
 
 
@@ -129,24 +133,6 @@ def weight_norm_by_kernel(v: Tensor, g: Tensor, dim: Optional[int], eps: float) 
 def shape_of_g(shape: tuple[int, ...], dim: Optional[int]) -> tuple[int, ...]:
     """The shape of the magnitude of a weight of that shape."""
     return () if dim is None else tuple(n if d == dim else 1 for d, n in enumerate(shape))
-
-
-def _check_magnitude(v: Tensor, g: Tensor, dim: Optional[int]) -> None:
-    """Refuses a g that is not of v's shape along `dim`: torch's kernel does not look, and reads past its end."""
-    if is_scripting():
-        of_v, of_g = list(v.size()), list(g.size())
-    elif isinstance(v, Tensor):
-        of_v, of_g = shape_of(v), shape_of(g)
-    else:
-        return  # a proxy of torch.fx
-    wanted = [1] * 0
-    if dim is not None and dim != -1:
-        kept = dim + len(of_v) if dim < 0 else dim
-        if kept < 0 or kept >= len(of_v):
-            raise IndexError(f"dim={dim} is out of range for a weight of the shape {of_v}")
-        wanted = [1] * kept + [of_v[kept]] + [1] * (len(of_v) - kept - 1)
-    if of_g != wanted and (len(wanted) > 0 or g.numel() != 1 or len(of_g) > len(of_v)):
-        raise ValueError(f"a weight of the shape {of_v} with dim={dim} wants a g of the shape {wanted}, not {of_g}")
 
 
 def _clamped(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Tensor:

@@ -104,6 +104,7 @@ def steps(module: nn.Module, name: str = "weight", gradient: Tensor | None = Non
             "WeightNorm().apply(module) norms a weight, and convert(model) takes over the norms of torch."
         )
     owner, recipe = found[name]
+    recipe.compute(owner)  # refused where the parts do not belong together
     return steps_of(recipe, recipe.read(owner), lambda: recipe.compute(owner), gradient)
 
 

@@ -1,10 +1,12 @@
 """The norms beside WeightNorm and SpectralNorm: their numbers, gradients, verbs, and what renorms v."""
 
 import copy
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from by_hand import NORMS, OTHERS, ByHand, length
@@ -367,6 +369,34 @@ def test_standardized_without_a_gain_is_the_form_of_the_first_paper() -> None:
     ws.recompute(conv)
     torch.testing.assert_close(conv.weight.std((1, 2), correction=0), torch.ones(3))
     torch.testing.assert_close(conv.weight.mean((1, 2)), torch.zeros(3), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scripted", [False, True], ids=["eager", "scripted"])
+@pytest.mark.parametrize(
+    ("function", "arguments", "says"),
+    [
+        (functional.scaled_weight_norm, ((1, 4), 0, 0.0, 0.5), "[3, 4] with dim=0 wants a g of the shape [3, 1]"),
+        (functional.scaled_weight_norm, ((1, 1), 0, 0.0, 0.5), "wants a g of the shape [3, 1], not [1, 1]"),
+        (functional.weight_standardization, ((1, 3),), "wants a gain of the shape [3, 1], not [1, 3]"),
+        (functional.spectral_norm, ((4,), (3,)), "wants a u and a v of its lengths, not of the shapes [4]"),
+        (functional.power_iteration, ((3,), (3,)), "not of the shapes [3] and [3]"),
+        (functional.sigma_reparam, ((3, 1), (3,), (4,)), "wants a g of one number, not of the shape [3, 1]"),
+        (functional.sigma_reparam, ((1,), (3,), (1, 4)), "not of the shapes [3] and [1, 4]"),
+    ],
+)
+def test_the_functions_refuse_parts_that_do_not_belong_together(
+    function: Any, arguments: tuple[Any, ...], says: str, scripted: bool
+) -> None:
+    given = [torch.rand(one) if isinstance(one, tuple) else one for one in arguments]
+    with pytest.raises((ValueError, torch.jit.Error), match=re.escape(says)):
+        (torch.jit.script(function) if scripted else function)(torch.rand(3, 4), *given)
+
+
+@pytest.mark.parametrize("given", [1, np.float64(1)], ids=["int", "float64"])
+def test_a_number_is_a_float_wherever_it_comes_from(given: Any) -> None:
+    for norm in ScaledWeightNorm(clip=given), ScaledWeightNorm(target_norm=given), ForcedWeightNorm(gain=given):
+        layer = norm.inline(nn.Linear(2, 3))
+        torch.testing.assert_close(torch.jit.script(layer).eval()(torch.ones(1, 2)), layer.eval()(torch.ones(1, 2)))
 
 
 # What is refused
