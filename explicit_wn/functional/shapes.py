@@ -30,17 +30,22 @@ def fitting(v: Tensor, g: Tensor, dim: Optional[int], part: str = "g") -> Tensor
             f"a weight of the shape {of_v} with dim={dim} wants a {part} of the shape {wanted}, not {of_g}"
         )
     if not is_scripting():  # noqa: SIM102 - TorchScript leaves out a branch, and no half of a condition
-        if is_tracing() or torch.compiler.is_exporting():
+        if _is_recorded():
             return g.view([v.size(index) if length != 1 else 1 for index, length in enumerate(wanted)])
     return g
 
 
-def check_number(weight: Tensor, g: Tensor) -> None:
-    """Refuses a `g` that is not one number."""
-    if isinstance(weight, Tensor):
-        of_g = _shape(g)
-        if of_g != [1] * len(of_g) or len(of_g) > weight.dim():
-            raise ValueError(f"a weight of the shape {_shape(weight)} wants a g of one number, not of the shape {of_g}")
+def number(weight: Tensor, g: Tensor) -> Tensor:
+    """`g`, if it is one number; a graph asks once more, as above."""
+    if not isinstance(weight, Tensor):
+        return g
+    of_g = _shape(g)
+    if of_g != [1] * len(of_g) or len(of_g) > weight.dim():
+        raise ValueError(f"a weight of the shape {_shape(weight)} wants a g of one number, not of the shape {of_g}")
+    if not is_scripting():  # noqa: SIM102 - as above
+        if _is_recorded():
+            return g.view(of_g)
+    return g
 
 
 def check_vectors(matrix: Tensor, u: Tensor, v: Tensor) -> None:
@@ -50,6 +55,10 @@ def check_vectors(matrix: Tensor, u: Tensor, v: Tensor) -> None:
             f"a weight that is the matrix of the shape {_shape(matrix)} wants a u and a v of its lengths, not of the "
             f"shapes {_shape(u)} and {_shape(v)}"
         )
+
+
+def _is_recorded() -> bool:
+    return is_tracing() or torch.compiler.is_exporting()
 
 
 def _shape(tensor: Tensor) -> list[int]:

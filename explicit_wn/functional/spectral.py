@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .shapes import check_number, check_vectors
+from .shapes import check_vectors, number
 
 
 def as_matrix(weight: Tensor, dim: int = 0) -> Tensor:
@@ -76,7 +76,7 @@ def sigma_reparam(
     tensor([[6., 0.],
             [0., 2.]])
     """
-    check_number(orig, g)
+    g = number(orig, g)
     if u is None or v is None:
         return g * torch.nn.functional.normalize(orig, dim=0, eps=eps)
     return orig * (g / _sigma(orig, u, v, dim))
