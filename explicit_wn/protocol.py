@@ -13,6 +13,13 @@ from .written import Written, mistake
 Self = TypeVar("Self", bound="Norm")
 
 
+AMBIGUOUS = (
+    "dim=-1 means the whole tensor to torch's weight_norm and the last dimension to most readers; say "
+    'dim="whole" for one norm of the whole tensor'
+)
+"""Why a dim of -1 is refused, and one way out; the other has a number."""
+
+
 class Norm(nn.Module):
     """What `Reparametrization` knows without a module; its docstring says what a norm's author writes."""
 
@@ -55,6 +62,8 @@ class Norm(nn.Module):
             raise ValueError(f"{self._kind} cannot norm {name!r}: {reason}.")
         if not self._is_dim(getattr(self, "dim", None)):
             raise settings.refusal(self, "dim", self.dim, self._dims_shown(), TypeError)
+        if self._is_ambiguous(getattr(self, "dim", None)):
+            raise ValueError(f"{self._kind}(dim=-1): {AMBIGUOUS}, or its number to keep the last dimension.")
 
     # What a norm defines
 
@@ -97,6 +106,11 @@ class Norm(nn.Module):
         if isinstance(value, str):
             return value in cls._named_dims()
         return value is None or settings.is_int(value)
+
+    @classmethod
+    def _is_ambiguous(cls, dim: Any) -> bool:
+        """Whether it is -1 where that may mean the whole tensor."""
+        return dim == -1 and cls.default_dim is None
 
     @classmethod
     def _dims_shown(cls) -> str:

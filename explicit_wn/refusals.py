@@ -156,9 +156,12 @@ PARAMETERS: tuple[Refusal, ...] = (
 """Parameters that are not normed, in whatever module."""
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
 def is_reserved(name: str) -> bool:
     """Whether torch, Python or a carrier needs that name itself."""
-    ours = hasattr(carrier.Carrier, name) or name in torchscript.NAMES
+    ours = hasattr(carrier.Carrier, name) or name in _OF_EVERY_MODULE or name in torchscript.NAMES
     return ours or name.startswith(("__", "_normed")) or unicodedata.normalize("NFKC", name) != name
 
 

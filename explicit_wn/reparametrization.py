@@ -13,7 +13,7 @@ from .contexts.interface import WhatApplyReturns
 from .contexts.torchscript import is_scripted, is_scripting
 from .folded import Folded as Folded  # where pickles of folded models look for it
 from .layers import TRANSPOSED
-from .protocol import Norm
+from .protocol import AMBIGUOUS, Norm
 from .refusals import Asked
 from .settings import Dim
 from .written import mistake_in_parts, mistake_in_weight
@@ -266,12 +266,8 @@ class Reparametrization(Norm):
             raise self._refusal(module, name, f"dim is {self._dims_shown()}, not {dim!r}", TypeError)
         if dim == "whole":
             return None
-        if dim == -1 and self.default_dim is None:
-            reason = (
-                "dim=-1 means the whole tensor to torch's weight_norm and the last dimension to most readers; say "
-                f'dim="whole" for one norm of the whole tensor, or dim={ndim - 1} to keep the last dimension'
-            )
-            raise self._refusal(module, name, reason)
+        if self._is_ambiguous(dim):
+            raise self._refusal(module, name, f"{AMBIGUOUS}, or dim={ndim - 1} to keep the last dimension")
         if not -ndim <= dim < ndim:
             reason = f"dim={dim} is out of range for a weight of {ndim} dimensions; take one from 0 to {ndim - 1}, or "
             reason += f'"{self._named_dims()[-1]}"'

@@ -402,27 +402,6 @@ def test_a_number_is_a_float_wherever_it_comes_from(given: Any) -> None:
 # What is refused
 
 
-@pytest.mark.parametrize(
-    ("make", "error", "match"),
-    [
-        (lambda: ForcedWeightNorm(gain=0), ValueError, r"ForcedWeightNorm\(gain=0\): gain is a finite number above 0"),
-        (lambda: ForcedWeightNorm(gain="a"), TypeError, r"gain is a finite number above 0"),
-        (
-            lambda: ScaledWeightNorm(clip=-1),
-            ValueError,
-            r"ScaledWeightNorm\(clip=-1\): clip is a finite number above 0",
-        ),
-        (lambda: ScaledWeightNorm(target_norm=float("inf")), ValueError, "target_norm is a finite number above 0"),
-        (lambda: ScaledWeightNorm(learn_scale=1), TypeError, "learn_scale is True or False"),
-        (lambda: UnitNorm(eps=-1), ValueError, "eps is a finite float from 0 up"),
-        (lambda: WeightStandardization(dim="whole"), TypeError, 'dim is an int, "out" or None'),
-    ],
-)
-def test_a_setting_that_is_none_is_refused(make: Callable[[], Any], error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        make()
-
-
 @pytest.mark.parametrize("kind", ["ScaledWeightNorm", "ForcedWeightNorm", "UnitNorm", "WeightStandardization"])
 def test_a_slice_without_a_direction_is_refused_and_changes_nothing(kind: str) -> None:
     layer = nn.Linear(4, 3)

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from whole_models import first_and_last_visits, lines_run
 
-from explicit_wn import SpectralNorm, WeightNorm, settings
+from explicit_wn import (
+    ForcedWeightNorm,
+    ScaledWeightNorm,
+    SigmaReparam,
+    SpectralNorm,
+    UnitNorm,
+    WeightNorm,
+    WeightStandardization,
+    settings,
+)
 from explicit_wn.reparametrization import Reparametrization
 
 
@@ -150,7 +159,7 @@ DIMS: dict[str, Case] = {
     "too large for a bias": case(linear, "'bias'", "dim=1", 'from 0 to 0, or "whole"', name="bias", dim=1),
     "-1": case(linear, "dim=-1", "whole tensor", 'dim="whole"', KEEP_LAST, dim=-1),
     "-1 of a bias": case(linear, "dim=-1", "dim=0 to keep the last dimension", name="bias", dim=-1),
-    "-1 of the object": case(linear, "dim=-1", "whole tensor", 'dim="whole"', KEEP_LAST, norm=WeightNorm(dim=-1)),
+    "-1 of the object": case(linear, "dim=-1", "whole tensor", 'dim="whole"', KEEP_LAST, norm=changed(dim=-1)),
     "True": case(linear, "not True", 'an int, "out", "whole" or None', dim=True, error=TypeError),
     "False": case(linear, "not False", 'an int, "out", "whole" or None', norm=changed(dim=False), error=TypeError),
     "float": case(linear, "not 0.0", 'an int, "out", "whole" or None', dim=0.0, error=TypeError),
@@ -335,30 +344,46 @@ class Short(Reparametrization):
     formula = staticmethod(lambda v, times: times * v)
 
 
-ALL = WeightNorm, SpectralNorm, Short
+OF_SLICES = WeightNorm, ScaledWeightNorm, ForcedWeightNorm, UnitNorm
+OF_OUTPUTS = SpectralNorm, SigmaReparam, WeightStandardization
+FROM_0 = *OF_SLICES, WeightStandardization
+ALL = *OF_SLICES, *OF_OUTPUTS, Short
 NO_DIMS = [1.5, 0.0, True, "in", "", (0,), np.int64(1), torch.tensor(0)]
 NORMS_AND_BAD: dict[str, tuple[tuple[Any, ...], list[Any], str, type[Exception]]] = {
     "name": (ALL, [3, None, b"weight", ["weight"], True], "name is a str, the name of a parameter", TypeError),
     "name, odd": (ALL, ["", "a b", "class", "1st", "it's"], "is no Python identifier; register it under", ValueError),
     "name, taken": (
         ALL,
-        ["forward", "__len__", "_normed", "_recompute_normed", "ﬁ"],
+        ["forward", "__len__", "_normed", "_recompute_normed", "ﬁ", "training", "_parameters", "_modules", "_buffers"],
         "needs that name itself",
         ValueError,
     ),
     "name, dotted": (ALL, ["fc.weight"], "('weight').apply(model.fc)", ValueError),
-    "dim": ((WeightNorm, Short), NO_DIMS, 'dim is an int, "out", "whole" or None', TypeError),
-    "dim, of a matrix": ((SpectralNorm,), [*NO_DIMS, "whole"], 'dim is an int, "out" or None', TypeError),
-    "eps": ((WeightNorm,), [-1, -1e-12, float("nan"), float("inf")], "eps is a finite float from 0 up", ValueError),
-    "eps, type": ((WeightNorm,), ["a", True, None, np.float32(1)], "eps is a finite float from 0 up", TypeError),
+    "dim": ((*OF_SLICES, Short), NO_DIMS, 'dim is an int, "out", "whole" or None', TypeError),
+    "dim, ambiguous": (OF_SLICES, [-1], 'last dimension to most readers; say dim="whole" for one norm', ValueError),
+    "dim, of a matrix": (OF_OUTPUTS, [*NO_DIMS, "whole"], 'dim is an int, "out" or None', TypeError),
+    "eps": (FROM_0, [-1, -1e-12, float("nan"), float("inf")], "eps is a finite float from 0 up", ValueError),
+    "eps, type": (FROM_0, ["a", True, None, np.float32(1)], "eps is a finite float from 0 up", TypeError),
     "eps, above": (
-        (SpectralNorm,),
+        (SpectralNorm, SigmaReparam),
         [0, 0.0, -1, float("nan"), float("inf")],
         "eps is a finite float above 0",
         ValueError,
     ),
-    "eps, above, type": ((SpectralNorm,), ["a", True, None], "eps is a finite float above 0", TypeError),
-    "eps, tiny": ((WeightNorm, SpectralNorm), [1e-40], "eps is 0 in single precision; take a larger", ValueError),
+    "eps, above, type": ((SpectralNorm, SigmaReparam), ["a", True, None], "eps is a finite float above 0", TypeError),
+    "eps, tiny": (ALL[:-1], [1e-40], "eps is 0 in single precision; take a larger", ValueError),
+    "eps, large": (ALL[:-1], [10**400, 1e300], "eps is infinite in single precision; take a smaller", ValueError),
+    "gain": ((ForcedWeightNorm,), [0, -1, float("inf")], "gain is a finite number above 0", ValueError),
+    "gain, type": ((ForcedWeightNorm,), ["a", True, None], "gain is a finite number above 0", TypeError),
+    "gain, tiny": ((ForcedWeightNorm,), [1e-60], "gain is 0 in single precision; take a larger", ValueError),
+    "gain, large": ((ForcedWeightNorm,), [1e60, 10**400], "gain is infinite in single precision", ValueError),
+    "clip": ((ScaledWeightNorm,), [0, -1, float("nan")], "clip is a finite number above 0", ValueError),
+    "clip, tiny": ((ScaledWeightNorm,), [1e-60], "clip is 0 in single precision", ValueError),
+    "clip, large": ((ScaledWeightNorm,), [1e60], "clip is infinite in single precision", ValueError),
+    "target_norm": ((ScaledWeightNorm,), [float("inf"), -2], "target_norm is a finite number above 0", ValueError),
+    "target_norm, tiny": ((ScaledWeightNorm,), [1e-60], "target_norm is 0 in single precision", ValueError),
+    "target_norm, large": ((ScaledWeightNorm,), [1e60], "target_norm is infinite in single precision", ValueError),
+    "learn_scale": ((ScaledWeightNorm,), [1, None], "learn_scale is True or False", TypeError),
     "n_power_iterations": ((SpectralNorm,), [0, -3], "n_power_iterations is an int from 1 up", ValueError),
     "n_power_iterations, type": ((SpectralNorm,), [1.0, True, "1", None], "n_power_iterations is an int", TypeError),
     "warmup": ((SpectralNorm,), [-1], "warmup is an int from 0 up", ValueError),
