@@ -61,6 +61,12 @@ class Asked:
         return any(isinstance(layer._parameters.get(self.name), nn.Parameter) for layer in self.module.modules())
 
     @property
+    def is_made_within(self) -> bool:
+        """Whether a norm of ours makes a weight of that name, here or in a module within this one."""
+        made = (recipe.name for layer in self.module.modules() for recipe in carrier.recipes_of(layer))
+        return self.name in made
+
+    @property
     def owner(self) -> str:
         """What comes before the last point of a dotted name."""
         return self.name.rpartition(".")[0]
@@ -154,6 +160,22 @@ PARAMETERS: tuple[Refusal, ...] = (
     ),
 )
 """Parameters that are not normed, in whatever module."""
+
+NOT_OURS: tuple[Refusal, ...] = (
+    (
+        lambda asked: parametrize.is_parametrized(asked.module, asked.name),
+        "it is parametrized; where torch's norm does that, explicit_wn.convert(model) makes it ours, and fold ends it",
+    ),
+    (
+        lambda asked: asked.is_hooked,
+        "torch's hook norms it; explicit_wn.convert(model) makes that ours, and fold(model) ends it",
+    ),
+    (
+        lambda asked: asked.name != asked.norm.name and asked.parameter is None and not asked.is_made_within,
+        "it has no such parameter; its parameters are {asked.names}",
+    ),
+)
+"""Weights that are not made by the norm that is asked about them."""
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))

@@ -283,6 +283,7 @@ def test_a_scripted_module_is_refused() -> None:
             getattr(WeightNorm(), verb)(scripted)
 
 
+NOT_CALLED = "WeightNorm.apply(module) was not called for it, or remove ended it; this module carries"
 VERBS: dict[str, Callable[[WeightNorm, nn.Module], Any]] = {
     "recompute": lambda wn, module: wn.recompute(module),
     "call": lambda wn, module: wn.call(module),
@@ -297,23 +298,28 @@ VERBS: dict[str, Callable[[WeightNorm, nn.Module], Any]] = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    ("make", "carries"),
+    ("make", "says"),
     [
-        (linear, "no norm"),
-        (hooked, "no norm"),
-        (lambda: parametrizations.weight_norm(nn.Linear(3, 2)), "no norm"),
-        (normed_bias, "WeightNorm('bias', dim=0)"),
-        (lambda: SpectralNorm().apply(nn.Linear(3, 2)), "SpectralNorm('weight'"),
+        (linear, f"{NOT_CALLED} no norm"),
+        (hooked, "torch's hook norms it; explicit_wn.convert(model) makes that ours, and fold(model) ends it"),
+        (lambda: torch.nn.utils.spectral_norm(nn.Linear(3, 2)), "torch's hook norms it; explicit_wn.convert(model)"),
+        (lambda: parametrizations.weight_norm(nn.Linear(3, 2)), "it is parametrized; where torch's norm does"),
+        (lambda: parametrizations.spectral_norm(nn.Linear(3, 2)), "convert(model) makes it ours, and fold ends it"),
+        (normed_bias, f"{NOT_CALLED} WeightNorm('bias', dim=0)"),
+        (lambda: SpectralNorm().apply(nn.Linear(3, 2)), f"{NOT_CALLED} SpectralNorm('weight'"),
     ],
-    ids=["plain", "hook", "parametrization", "another name", "another norm"],
+    ids=["plain", "hook", "spectral", "parametrization", "parametrized spectral", "another name", "another norm"],
 )
-@pytest.mark.parametrize("act", VERBS.values(), ids=VERBS)
+@pytest.mark.parametrize(("verb", "act"), VERBS.items(), ids=VERBS)
 def test_verbs_on_what_is_not_normed_say_what_it_carries(
-    act: Callable[[WeightNorm, nn.Module], Any], make: Callable[[], nn.Module], carries: str
+    verb: str, act: Callable[[WeightNorm, nn.Module], Any], make: Callable[[], nn.Module], says: str
 ) -> None:
     module, wn = make(), WeightNorm()
-    says = (repr(wn), "'weight' of this", "Linear:", "WeightNorm.apply(module) was not called", carries)
-    refused(lambda: act(wn, module), module, *says)
+    called = {"call": "recompute", "__call__": "recompute", "compute_weight": "compute"}
+    verb = verb.removesuffix(" by name")
+    refused(
+        lambda: act(wn, module), module, f"{wn!r} cannot {called.get(verb, verb)} 'weight' of this", "Linear:", says
+    )
 
 
 def test_the_smallest_eps_of_single_precision_is_one() -> None:
@@ -468,6 +474,16 @@ def test_a_name_that_is_not_normed_is_refused_on_a_normed_module(verb: str) -> N
         refused(
             lambda: wn.remove(nn.Sequential(module), "weight"), module, "modules within it do: give it one of those"
         )
+
+
+@pytest.mark.parametrize("verb", ["remove", "compute_weight", "assign"])
+@pytest.mark.parametrize("make", [linear, lambda: WeightNorm().apply(nn.Linear(3, 2)), lambda: nn.Sequential(linear())])
+def test_a_name_that_is_none_is_said_to_be(make: Callable[[], nn.Module], verb: str) -> None:
+    module, arguments = make(), (torch.ones(2),) if verb == "assign" else ()
+    says = "cannot " + verb.removesuffix("_weight")
+    act = functools.partial(getattr(WeightNorm(), verb), module, *arguments)
+    refused(lambda: act(name="nothing"), module, f"{says} 'nothing'", "it has no such parameter; its parameters are ")
+    refused(lambda: act(name=3), module, f"{says} 3 of", "a parameter's name is a str", error=TypeError)
 
 
 def test_an_object_applied_to_several_names_asks_which() -> None:
