@@ -31,6 +31,8 @@ class Norm(nn.Module):
     buffer_parts: tuple[str, ...] = ()
     spellings: ClassVar[dict[str, str]] = {}
     default_dim: ClassVar[settings.Dim] = None
+    _counts_from: int = 0
+    """What the first dimension is called where this object comes from: 1 in R."""
     _kind: ClassVar[str]
     _was_read: ClassVar[bool]
     _was_tried: ClassVar[bool]
@@ -87,7 +89,9 @@ class Norm(nn.Module):
 
     def clone(self: Self, deep: bool = False) -> Self:
         """A copy of this object, as R6's `clone`; a norm refers to nothing that `deep` would copy."""
-        return attrs.evolve(self)  # type: ignore[misc]
+        made: Self = attrs.evolve(self)  # type: ignore[misc]
+        made._counts_from = self._counts_from
+        return made
 
     @classmethod
     def _part_names(cls) -> set[str]:

@@ -3,6 +3,7 @@
 Each is the end of a sentence: "WeightNorm('weight', dim=0) cannot norm 'bias' of this Linear: ...".
 """
 
+import inspect
 import keyword
 import unicodedata
 from collections.abc import Callable
@@ -195,18 +196,26 @@ def odd_kind(weight: Tensor) -> str | None:
     return f"it is {kind}; only dense weights of float16, bfloat16, float32 and float64 are normed"
 
 
+def kind_of(value: Any) -> str:
+    """What somebody gave, with its article: "a str", "an int"."""
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
 def odd_shape(weight: Any, wanted: torch.Size) -> str | None:
     """Why `weight` cannot take the place of one of the shape `wanted`; None if it can."""
     if isinstance(weight, Tensor) and weight.shape == wanted:
         return None
-    got = f"the shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+    got = f"the shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else kind_of(weight)
     return f"a tensor of the shape {tuple(wanted)} is wanted, not {got}"
 
 
 def replaced_forward(module: nn.Module) -> str | None:
-    """Why nothing can be inlined in a forward that somebody put on the instance; None if nobody did."""
+    """Why nothing can be inlined in a forward that is no method of the module's class; None if it is one."""
     if "forward" in vars(module):
         return "its forward was replaced on the instance, which a class cannot see; use apply, and call recompute"
+    if isinstance(inspect.getattr_static(module, "forward"), staticmethod):
+        return "its forward is a staticmethod, which sees no module to recompute in; use apply, and call recompute"
     return None
 
 

@@ -266,11 +266,10 @@ class Reparametrization(Norm):
         if self._is_ambiguous(dim):
             raise self._refusal(module, name, f"{AMBIGUOUS}, or dim={ndim - 1} to keep the last dimension")
         if not -ndim <= dim < ndim:
-            reason = f"dim={dim} is out of range for a weight of {ndim} dimensions; take one from 0 to {ndim - 1}, or "
-            reason += f'"{self._named_dims()[-1]}"'
-            if dim > 0 and hasattr(self, "from_r"):
-                reason += f" (from_r counts from 1 as R does, and calls it {dim + 1})"
-            raise self._refusal(module, name, reason)
+            first = self._counts_from if dim > 0 and dim == getattr(self, "dim", None) else 0
+            reason = f"dim={dim + first} is out of range for a weight of {ndim} dimensions; take one from {first} to "
+            reason += f'{ndim - 1 + first}, or "{self._named_dims()[-1]}"'
+            raise self._refusal(module, name, reason + first * " (as R counts them)")
         return int(dim) % ndim
 
     def _parameter(self, module: nn.Module, name: Any) -> nn.Parameter:
@@ -291,7 +290,7 @@ class Reparametrization(Norm):
 
     def _check_module(self, module: Any, name: Any, verb: str = "norm") -> None:
         if not isinstance(module, nn.Module) or is_scripted(module):
-            kind = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+            kind = f"the class {module.__name__}" if isinstance(module, type) else refusals.kind_of(module)
             raise TypeError(f"{self!r} cannot {verb} {name!r} of {kind}: give it an nn.Module in eager mode.")
 
     def _cannot_recompute(self, module: Any) -> None:

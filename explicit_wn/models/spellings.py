@@ -43,7 +43,8 @@ class Found:
     shape: tuple[int, ...]
     """The weight's shape."""
     state: str
-    """`fresh`, or `stale` where the weight in the module is not what the parts make; empty for a foreign norm."""
+    """`fresh`; `stale` where the weight in the module is not what the parts make; `broken` where they make none; empty
+    for a foreign norm."""
     why_not: str | None
     """Why it cannot become ours, and the way out."""
 
@@ -77,8 +78,12 @@ def _from_hook(module: nn.Module, hook: Any) -> Found:
     elif len(parts) < len(names):
         why_not = "a part of it is computed by another tool (parametrize or prune); end that first"
     whole = getattr(module, f"{name}_{names[0]}" if len(names) == 3 else f"{name}_v")
-    stale = norm is not None and len(parts) == len(names) and _differs(norm, parts, vars(module).get(name))
-    state, called = "stale" if stale else "fresh", norm._kind if norm else kind.__name__
+    state, called = "fresh", norm._kind if norm else kind.__name__
+    try:
+        if norm is not None and len(parts) == len(names) and _differs(norm, parts, vars(module).get(name)):
+            state = "stale"
+    except ValueError as error:
+        state, why_not = "broken", why_not or str(error)
     return Found(name, "hook", norm, called, parts, tuple(whole.shape), state, why_not)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import carrier
 from ..carrier import Recipe
 from ..layers import qualified
+from ..models.verbs import check_model
 from ..table import Table, shape_shown
 
 
@@ -92,6 +93,7 @@ def steps(module: nn.Module, name: str = "weight", gradient: Tensor | None = Non
 
     ```
     """
+    check_model("steps", module)
     found = {
         qualified(path, recipe.name): (owner, recipe)
         for path, owner in module.named_modules(remove_duplicate=False)

@@ -23,6 +23,7 @@ from explicit_wn import (
     UnitNorm,
     WeightNorm,
     WeightStandardization,
+    convert,
     settings,
 )
 from explicit_wn.reparametrization import Reparametrization
@@ -154,7 +155,9 @@ NAMES: dict[str, Case] = {
 }
 DIMS: dict[str, Case] = {
     "too large": case(linear, "dim=2", "2 dimensions", 'from 0 to 1, or "whole"', dim=2),
-    "too large in R": case(linear, "dim=4", "from_r counts from 1", "calls it 5", norm=WeightNorm.from_r("weight", 5)),
+    "too large in R": case(linear, "dim=5", 'from 1 to 2, or "whole" (as R', norm=WeightNorm.from_r("weight", 5)),
+    "too large in R's clone": case(linear, "dim=5", "from 1 to 2", norm=WeightNorm.from_r("weight", 5).clone()),
+    "too large for a norm of R's": case(linear, "dim=4", "from 0 to 1", norm=WeightNorm.from_r("weight", 1), dim=4),
     "too small": case(linear, "dim=-3", "2 dimensions", 'from 0 to 1, or "whole"', dim=-3),
     "too large for a bias": case(linear, "'bias'", "dim=1", 'from 0 to 0, or "whole"', name="bias", dim=1),
     "-1": case(linear, "dim=-1", "whole tensor", 'dim="whole"', KEEP_LAST, dim=-1),
@@ -269,7 +272,8 @@ def test_a_name_that_is_no_identifier_is_refused(name: str) -> None:
 )
 @pytest.mark.parametrize("verb", ["apply", "inline", "recompute", "call", "__call__", "remove", "compute_weight"])
 def test_what_is_no_module_is_refused(verb: str, value: Any) -> None:
-    kind = "the class Linear" if value is nn.Linear else f"a {type(value).__name__}"
+    article = "an" if isinstance(value, int) or type(value) is object else "a"
+    kind = "the class Linear" if value is nn.Linear else f" {article} {type(value).__name__}"
     with pytest.raises(TypeError) as raised:
         getattr(WeightNorm(), verb)(value)
     for text in ("WeightNorm('weight', dim=0)", "'weight'", kind, "nn.Module"):
@@ -544,6 +548,20 @@ def test_inline_refuses_a_forward_replaced_on_the_instance() -> None:
     module = nn.Linear(3, 2)
     module.forward = lambda x: x  # type: ignore[method-assign]
     refused(lambda: WeightNorm().inline(module), module, "inline 'weight' of this Linear", "replaced", "use apply")
+
+
+class WithAStaticForward(nn.Linear):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * x
+
+
+def test_inline_and_convert_refuse_a_forward_that_is_a_staticmethod() -> None:
+    module = WithAStaticForward(3, 2)
+    refused(lambda: WeightNorm().inline(module), module, "inline 'weight' of this", "a staticmethod", "use apply")
+    torch.testing.assert_close(WeightNorm().apply(module)(torch.ones(3)), torch.full((3,), 2.0))
+    theirs = parametrizations.weight_norm(WithAStaticForward(3, 2))
+    refused(lambda: convert(theirs), theirs, "cannot convert 'weight' of this", "a staticmethod", "use apply")
 
 
 class Registered(nn.Linear):
