@@ -11,6 +11,17 @@ from torch import Tensor
 from ..contexts.torchscript import is_scripting, is_tracing, shape_of
 
 
+def kept_dim(v: Tensor, dim: int) -> int:
+    """`dim`, one of the dimensions of `v`, counted from the first."""
+    if not is_scripting():  # noqa: SIM102 - TorchScript leaves out a branch, and no half of a condition
+        if not hasattr(dim, "__index__"):
+            raise TypeError(f"dim is an int or None, not {dim}")
+    kept = dim + v.dim() if dim < 0 else dim
+    if isinstance(v, Tensor) and (kept < 0 or kept >= v.dim()):
+        raise IndexError(f"dim={dim} is out of range for a weight of the shape {_shape(v)}")
+    return kept
+
+
 def fitting(v: Tensor, g: Tensor, dim: Optional[int], part: str = "g") -> Tensor:
     """`g`, if it has a number for each slice of `v` along `dim`. A traced or exported graph asks once more, as it runs.
 
@@ -21,15 +32,13 @@ def fitting(v: Tensor, g: Tensor, dim: Optional[int], part: str = "g") -> Tensor
     of_v, of_g = _shape(v), _shape(g)
     wanted = [1] * 0
     if dim is not None and dim != -1:
-        kept = dim + len(of_v) if dim < 0 else dim
-        if kept < 0 or kept >= len(of_v):
-            raise IndexError(f"dim={dim} is out of range for a weight of the shape {of_v}")
+        kept = kept_dim(v, dim)
         wanted = [1] * kept + [of_v[kept]] + [1] * (len(of_v) - kept - 1)
     if of_g != wanted and (len(wanted) > 0 or of_g != [1] * len(of_g) or len(of_g) > len(of_v)):
         raise ValueError(
             f"a weight of the shape {of_v} with dim={dim} wants a {part} of the shape {wanted}, not {of_g}"
         )
-    if not is_scripting():  # noqa: SIM102 - TorchScript leaves out a branch, and no half of a condition
+    if not is_scripting():  # noqa: SIM102 - as above
         if _is_recorded():
             return g.view([v.size(index) if length != 1 else 1 for index, length in enumerate(wanted)])
     return g

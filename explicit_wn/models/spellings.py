@@ -162,7 +162,8 @@ _SIGNS = (  # what norms of other projects call their parts: the kind, what has 
 def find_foreign(module: nn.Module) -> Iterator[Found]:
     """What looks like the parts of norms in `module` itself that are neither ours nor torch's.
 
-    Names and shapes are all there is to go by, since every project computes its norms in a way of its own.
+    Names and shapes are all there is to go by, since every project computes its norms in its own way; for the parts
+    of a `weight` that is not there, the names alone.
     """
     if _is_captured(module):
         return
@@ -174,7 +175,9 @@ def find_foreign(module: nn.Module) -> Iterator[Found]:
             stem = matrix.removesuffix(end)
             name, vector = stem if end.startswith("_") else matrix, stem + vector_end
             taken = known if name == matrix else {*known, *module._parameters}  # a parameter is not computed
-            if name not in taken and vector in own and _fit(own[matrix], own[vector], trained=name != matrix):
+            if name in taken or vector not in own:
+                continue
+            if matrix != name == "weight" or _fit(own[matrix], own[vector], trained=name != matrix):
                 known.add(name)
                 beside = re.compile(re.escape(vector.rstrip("0")[:-1]) + "(g|u|v|sv)[0-9]*")
                 parts = {part: own[part] for part in own if part == matrix or beside.fullmatch(part)}

@@ -399,6 +399,19 @@ def test_a_number_is_a_float_wherever_it_comes_from(given: Any) -> None:
         torch.testing.assert_close(torch.jit.script(layer).eval()(torch.ones(1, 2)), layer.eval()(torch.ones(1, 2)))
 
 
+@pytest.mark.filterwarnings("ignore:std.*degrees of freedom")
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+@each_norm
+def test_an_empty_weight_is_empty_and_a_matrix_of_it_is_refused(norm: ByHand, shape: tuple[int, ...]) -> None:
+    module = Holder(*shape)
+    if "orig" in norm.parts:
+        with pytest.raises(ValueError, match="it is empty"):
+            norm.make().apply(module)
+        return
+    norm.make().apply(module)
+    assert next(explicit_wn.normed(module))[2].call(module).weight.shape == shape  # type: ignore[union-attr]
+
+
 # What is refused
 
 
