@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 import explicit_wn
-from explicit_wn import ForcedWeightNorm, ScaledWeightNorm, SigmaReparam, UnitNorm, WeightStandardization, functional
+from explicit_wn import (
+    ForcedWeightNorm,
+    ScaledWeightNorm,
+    SigmaReparam,
+    SpectralNorm,
+    UnitNorm,
+    WeightNorm,
+    WeightStandardization,
+    functional,
+)
 
 each_norm = pytest.mark.parametrize("norm", OTHERS.values(), ids=OTHERS)
 RENORMED = {name: OTHERS[name] for name in ("ForcedWeightNorm", "UnitNorm")}
@@ -184,6 +193,57 @@ def test_the_numbers_of_torchdeq(settings: dict[str, Any], weight: list[float], 
     torch.testing.assert_close(layer.weight.detach().flatten(), torch.tensor(weight))
     (layer.weight * torch.arange(1.0, 7.0).view(3, 2)).sum().backward()
     torch.testing.assert_close(layer.weight_v.grad.flatten(), torch.tensor(gradient), rtol=1e-5, atol=1e-5)
+
+
+STATES_OF_TORCHDEQ: dict[str, tuple[nn.Module, tuple[int, int], dict[str, tuple[int, ...]], Any, str]] = {
+    "spectral, trained scale": (
+        nn.Linear(4, 8),
+        (48, 40),
+        {"bias": (8,), "weight_orig": (8, 4), "weight_g": (8, 1), "weight_u": (8,), "weight_v": (4,)},
+        SpectralNorm(),
+        'Unexpected key(s) in state_dict: "weight_g"',
+    ),
+    "spectral": (
+        nn.Linear(4, 8),
+        (40, 40),
+        {"bias": (8,), "weight_orig": (8, 4), "weight_u": (8,), "weight_v": (4,)},
+        SpectralNorm(),
+        "",
+    ),
+    "transposed, by its input": (
+        nn.ConvTranspose1d(3, 2, 2),
+        (16, 17),
+        {"bias": (2,), "weight_g": (1, 2, 1), "weight_v": (3, 2, 2)},
+        WeightNorm(),
+        "size mismatch for weight_g: copying a param with shape torch.Size([1, 2, 1])",
+    ),
+    "transposed": (
+        nn.ConvTranspose1d(3, 2, 2),
+        (16, 16),
+        {"bias": (2,), "weight_g": (1, 2, 1), "weight_v": (3, 2, 2)},
+        WeightNorm(dim="out"),
+        "",
+    ),
+}
+"""A layer, how many numbers torchdeq 0.1.0 trains in it, and we; its checkpoint there; a norm, and what that says."""
+
+
+@pytest.mark.parametrize(
+    ("layer", "trained", "shapes", "norm", "says"), STATES_OF_TORCHDEQ.values(), ids=STATES_OF_TORCHDEQ
+)
+def test_the_checkpoints_of_torchdeq_load_or_say_what_does_not_fit(
+    layer: nn.Module, trained: tuple[int, int], shapes: dict[str, tuple[int, ...]], norm: Any, says: str
+) -> None:
+    """The rows of MIGRATION's table, where torchdeq is not installed."""
+    layer, state = norm.inline(copy.deepcopy(layer)), {name: torch.ones(shape) for name, shape in shapes.items()}
+    there = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name not in dict(layer.named_buffers()))
+    assert (there, sum(parameter.numel() for parameter in layer.parameters())) == trained
+    if says:
+        with pytest.raises(RuntimeError, match=re.escape(says)):
+            layer.load_state_dict(state)
+    else:
+        layer.load_state_dict(state)
+        assert {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()} == shapes
 
 
 # The verbs
