@@ -14,7 +14,7 @@ from ..contexts.torchscript import is_scripting, is_tracing, shape_of
 def kept_dim(v: Tensor, dim: int) -> int:
     """`dim`, one of the dimensions of `v`, counted from the first."""
     if not is_scripting():  # noqa: SIM102 - TorchScript leaves out a branch, and no half of a condition
-        if not hasattr(dim, "__index__"):
+        if isinstance(dim, (float, str)):
             raise TypeError(f"dim is an int or None, not {dim}")
     kept = dim + v.dim() if dim < 0 else dim
     if isinstance(v, Tensor) and (kept < 0 or kept >= v.dim()):

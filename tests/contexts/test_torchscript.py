@@ -612,7 +612,7 @@ IN_TORCHS_WORDS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "global, called": (CallsAGlobal, "Unknown type annotation: '~Module'", "GLOBAL(self.fc)"),
     "call, chained": (Chained, "cannot call a value of type 'NoneType'", "self.wn(self.fc)"),
     "list": (InAList, "Could not infer type of list element", "'norms'"),
-    "recompute_all": (RecomputesAll, "Unknown type name 'nn.Module'", "recompute_all(self)"),
+    "recompute_all": (RecomputesAll, "try blocks aren't supported", ""),
     "cached": (Caches, "Comprehension ifs are not supported yet", ""),
     "freeze": (frozen_without_us, "Couldn't find method: '_recompute_normed'", ""),
 }

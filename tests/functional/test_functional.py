@@ -263,8 +263,9 @@ def test_every_function_reports_the_dim_that_was_given(function: Any) -> None:
     for dim in -7, 5:
         with pytest.raises(IndexError, match=re.escape(f"dim={dim} is out of range for a weight of the shape [3, 4]")):
             function(torch.ones(3, 4), dim=dim)
-    with pytest.raises(TypeError, match=re.escape("dim is an int or None, not 1.0")):
-        function(torch.ones(3, 4), dim=1.0)
+    for other in 1.0, "out":
+        with pytest.raises(TypeError, match=re.escape(f"dim is an int or None, not {other}")):
+            function(torch.ones(3, 4), dim=other)
     with pytest.raises(TypeError, match=re.escape("dim is an int or None, not 1.0")):
         weight_norm(torch.ones(3, 4), torch.ones(3, 1), 1.0)  # type: ignore[arg-type]
 
