@@ -13,6 +13,13 @@ from .written import Written, mistake
 Self = TypeVar("Self", bound="Norm")
 
 
+AMBIGUOUS = (
+    "dim=-1 means the whole tensor to torch's weight_norm and the last dimension to most readers; say "
+    'dim="whole" for one norm of the whole tensor'
+)
+"""Why a dim of -1 is refused, and one way out; the other has a number."""
+
+
 class Norm(nn.Module):
     """What `Reparametrization` knows without a module; its docstring says what a norm's author writes."""
 
@@ -24,6 +31,8 @@ class Norm(nn.Module):
     buffer_parts: tuple[str, ...] = ()
     spellings: ClassVar[dict[str, str]] = {}
     default_dim: ClassVar[settings.Dim] = None
+    _counts_from: int = 0
+    """What the first dimension is called where this object comes from: 1 in R."""
     _kind: ClassVar[str]
     _was_read: ClassVar[bool]
     _was_tried: ClassVar[bool]
@@ -55,6 +64,8 @@ class Norm(nn.Module):
             raise ValueError(f"{self._kind} cannot norm {name!r}: {reason}.")
         if not self._is_dim(getattr(self, "dim", None)):
             raise settings.refusal(self, "dim", self.dim, self._dims_shown(), TypeError)
+        if self._is_ambiguous(getattr(self, "dim", None)):
+            raise ValueError(f"{self._kind}(dim=-1): {AMBIGUOUS}, or its number to keep the last dimension.")
 
     # What a norm defines
 
@@ -78,7 +89,9 @@ class Norm(nn.Module):
 
     def clone(self: Self, deep: bool = False) -> Self:
         """A copy of this object, as R6's `clone`; a norm refers to nothing that `deep` would copy."""
-        return attrs.evolve(self)  # type: ignore[misc]
+        made: Self = attrs.evolve(self)  # type: ignore[misc]
+        made._counts_from = self._counts_from
+        return made
 
     @classmethod
     def _part_names(cls) -> set[str]:
@@ -97,6 +110,11 @@ class Norm(nn.Module):
         if isinstance(value, str):
             return value in cls._named_dims()
         return value is None or settings.is_int(value)
+
+    @classmethod
+    def _is_ambiguous(cls, dim: Any) -> bool:
+        """Whether it is -1 where that may mean the whole tensor."""
+        return dim == -1 and cls.default_dim is None
 
     @classmethod
     def _dims_shown(cls) -> str:

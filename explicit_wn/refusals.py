@@ -3,6 +3,7 @@
 Each is the end of a sentence: "WeightNorm('weight', dim=0) cannot norm 'bias' of this Linear: ...".
 """
 
+import inspect
 import keyword
 import unicodedata
 from collections.abc import Callable
@@ -59,6 +60,12 @@ class Asked:
     def is_within(self) -> bool:
         """Whether a module within this one has a parameter of that name."""
         return any(isinstance(layer._parameters.get(self.name), nn.Parameter) for layer in self.module.modules())
+
+    @property
+    def is_made_within(self) -> bool:
+        """Whether a norm of ours makes a weight of that name, here or in a module within this one."""
+        made = (recipe.name for layer in self.module.modules() for recipe in carrier.recipes_of(layer))
+        return self.name in made
 
     @property
     def owner(self) -> str:
@@ -155,10 +162,29 @@ PARAMETERS: tuple[Refusal, ...] = (
 )
 """Parameters that are not normed, in whatever module."""
 
+NOT_OURS: tuple[Refusal, ...] = (
+    (
+        lambda asked: parametrize.is_parametrized(asked.module, asked.name),
+        "it is parametrized; where torch's norm does that, explicit_wn.convert(model) makes it ours, and fold ends it",
+    ),
+    (
+        lambda asked: asked.is_hooked,
+        "torch's hook norms it; explicit_wn.convert(model) makes that ours, and fold(model) ends it",
+    ),
+    (
+        lambda asked: asked.name != asked.norm.name and asked.parameter is None and not asked.is_made_within,
+        "it has no such parameter; its parameters are {asked.names}",
+    ),
+)
+"""Weights that are not made by the norm that is asked about them."""
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
 
 def is_reserved(name: str) -> bool:
     """Whether torch, Python or a carrier needs that name itself."""
-    ours = hasattr(carrier.Carrier, name) or name in torchscript.ATTRIBUTES
+    ours = hasattr(carrier.Carrier, name) or name in _OF_EVERY_MODULE or name in torchscript.ATTRIBUTES
     return ours or name.startswith(("__", "_normed")) or unicodedata.normalize("NFKC", name) != name
 
 
@@ -170,18 +196,26 @@ def odd_kind(weight: Tensor) -> str | None:
     return f"it is {kind}; only dense weights of float16, bfloat16, float32 and float64 are normed"
 
 
+def kind_of(value: Any) -> str:
+    """What somebody gave, with its article: "a str", "an int"."""
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
 def odd_shape(weight: Any, wanted: torch.Size) -> str | None:
     """Why `weight` cannot take the place of one of the shape `wanted`; None if it can."""
     if isinstance(weight, Tensor) and weight.shape == wanted:
         return None
-    got = f"the shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
+    got = f"the shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else kind_of(weight)
     return f"a tensor of the shape {tuple(wanted)} is wanted, not {got}"
 
 
 def replaced_forward(module: nn.Module) -> str | None:
-    """Why nothing can be inlined in a forward that somebody put on the instance; None if nobody did."""
+    """Why nothing can be inlined in a forward that is no method of the module's class; None if it is one."""
     if "forward" in vars(module):
         return "its forward was replaced on the instance, which a class cannot see; use apply, and call recompute"
+    if isinstance(inspect.getattr_static(module, "forward"), staticmethod):
+        return "its forward is a staticmethod, which sees no module to recompute in; use apply, and call recompute"
     return None
 
 

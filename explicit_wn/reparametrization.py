@@ -13,7 +13,7 @@ from .contexts.interface import WhatApplyReturns
 from .contexts.torchscript import is_scripted, is_scripting
 from .folded import Folded as Folded  # where pickles of folded models look for it
 from .layers import TRANSPOSED
-from .protocol import Norm
+from .protocol import AMBIGUOUS, Norm
 from .refusals import Asked
 from .settings import Dim
 from .written import mistake_in_parts, mistake_in_weight
@@ -133,7 +133,7 @@ class Reparametrization(Norm):
 
     def compute_weight(self, module: nn.Module, name: str | None = None, dim: Dim = None) -> Tensor:
         """The weight from the parts as they are now; stores nothing."""
-        recipe = self._recipe(module, name)
+        recipe = self._recipe(module, name, "compute")
         weight = recipe.compute(module)
         recorded = getattr(recipe.norm, "dim", None)
         if dim is not None and self._resolve_dim(module, recipe.name, dim, weight.dim()) != recorded:
@@ -173,7 +173,7 @@ class Reparametrization(Norm):
         Without `name` this ends everything that this object does in `module`. When the last norm of `module` is gone
         its class and its attributes are what they were.
         """
-        recipes = self._recipes(module, name)
+        recipes = self._recipes(module, name, "remove")
         for recipe in recipes:
             self._check(module, recipe.name, refusals.not_its_own(module, recipe), "remove")
         with torch.no_grad(), all_or_nothing(module):
@@ -182,7 +182,7 @@ class Reparametrization(Norm):
 
     def assign(self, module: Module, weight: Tensor, name: str | None = None) -> Module:
         """Sets the parts, in place, so that the weight becomes `weight`; returns `module`."""
-        recipe = self._recipe(module, name)
+        recipe = self._recipe(module, name, "assign")
         current = recipe.compute(module)
         self._check(module, recipe.name, refusals.odd_shape(weight, current.shape), "assign")
         objection = refusals.odd_kind(weight) or recipe.norm.objection(weight) or recipe.norm.no_inverse(weight)
@@ -209,7 +209,7 @@ class Reparametrization(Norm):
         with torch.no_grad():
             parts = norm.split(weight)
         self._check(module, norm.name, mistake_in_parts(norm, parts), "norm")
-        recipe = norm._recipe_for(tuple(parts), self.name, inlined)
+        recipe = recipe_for(norm, tuple(parts), self.name, inlined)
         taken = [attribute for attribute in recipe.attributes if hasattr(module, attribute)]
         if taken:
             reason = f"the module has an attribute {taken[0]!r} already, which would be one of its parts; rename it"
@@ -229,16 +229,13 @@ class Reparametrization(Norm):
 
     def _adopt(self, module: nn.Module, parts: dict[str, Tensor]) -> None:
         """Makes `module` carry this norm, inlined, with parts that exist already; the caller sees to the rest."""
-        self._put(module, self._recipe_for(tuple(parts), self.name, inlined=True), parts)
+        self._put(module, recipe_for(self, tuple(parts), self.name, inlined=True), parts)
 
     def _put(self, module: nn.Module, recipe: Recipe, parts: dict[str, Tensor]) -> None:
         for part, value in parts.items():
             own = module._buffers if part in self.buffer_parts else module._parameters
             own[recipe.attribute(part)] = value  # type: ignore[assignment]
         carrier.carry(module, (*carrier.recipes_of(module), recipe))
-
-    def _recipe_for(self, parts: tuple[str, ...], owner: str, inlined: bool) -> Recipe:
-        return recipe_for(self, parts, owner, inlined)
 
     def _resolve(self: Self, module: Any, name: str | None, dim: Dim) -> tuple[Self, nn.Parameter]:
         """This norm with the settings that hold for one parameter of `module`, and that parameter."""
@@ -266,36 +263,34 @@ class Reparametrization(Norm):
             raise self._refusal(module, name, f"dim is {self._dims_shown()}, not {dim!r}", TypeError)
         if dim == "whole":
             return None
-        if dim == -1 and self.default_dim is None:
-            reason = (
-                "dim=-1 means the whole tensor to torch's weight_norm and the last dimension to most readers; say "
-                f'dim="whole" for one norm of the whole tensor, or dim={ndim - 1} to keep the last dimension'
-            )
-            raise self._refusal(module, name, reason)
+        if self._is_ambiguous(dim):
+            raise self._refusal(module, name, f"{AMBIGUOUS}, or dim={ndim - 1} to keep the last dimension")
         if not -ndim <= dim < ndim:
-            reason = f"dim={dim} is out of range for a weight of {ndim} dimensions; take one from 0 to {ndim - 1}, or "
-            reason += f'"{self._named_dims()[-1]}"'
-            if dim > 0 and hasattr(self, "from_r"):
-                reason += f" (from_r counts from 1 as R does, and calls it {dim + 1})"
-            raise self._refusal(module, name, reason)
+            first = self._counts_from if dim > 0 and dim == getattr(self, "dim", None) else 0
+            reason = f"dim={dim + first} is out of range for a weight of {ndim} dimensions; take one from {first} to "
+            reason += f'{ndim - 1 + first}, or "{self._named_dims()[-1]}"'
+            raise self._refusal(module, name, reason + first * " (as R counts them)")
         return int(dim) % ndim
 
     def _parameter(self, module: nn.Module, name: Any) -> nn.Parameter:
         """The parameter `name` of `module`, if it is one that can be normed."""
-        asked = Asked(self, module, name)
-        if not isinstance(name, str):
-            raise self._refusal(
-                module, name, f"a parameter's name is a str; its parameters are {asked.names}", TypeError
-            )
+        asked = self._asked(module, name, "norm")
         reason = refusals.refusal(refusals.PARAMETERS, asked)
         if reason:
             raise self._refusal(module, name, reason)
         parameter: nn.Parameter = asked.parameter
         return parameter
 
+    def _asked(self, module: nn.Module, name: Any, verb: str) -> Asked:
+        asked = Asked(self, module, name)
+        if not isinstance(name, str):
+            reason = f"a parameter's name is a str; its parameters are {asked.names}"
+            raise self._refusal(module, name, reason, TypeError, verb)
+        return asked
+
     def _check_module(self, module: Any, name: Any, verb: str = "norm") -> None:
         if not isinstance(module, nn.Module) or is_scripted(module):
-            kind = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+            kind = f"the class {module.__name__}" if isinstance(module, type) else refusals.kind_of(module)
             raise TypeError(f"{self!r} cannot {verb} {name!r} of {kind}: give it an nn.Module in eager mode.")
 
     def _cannot_recompute(self, module: Any) -> None:
@@ -303,6 +298,11 @@ class Reparametrization(Norm):
         raise self._not_normed(module, None, "recompute")
 
     def _not_normed(self, module: nn.Module, name: str | None, verb: str) -> Exception:
+        asked = self._asked(module, self.name if name is None else name, verb)
+        reason = refusals.refusal(refusals.NOT_OURS, asked) or self._not_applied(module, name, verb)
+        return self._refusal(module, asked.name, reason, verb=verb)
+
+    def _not_applied(self, module: nn.Module, name: str | None, verb: str) -> str:
         by = ", ".join(repr(recipe.norm) for recipe in carrier.recipes_of(module)) or "no norm"
         reason = f"{self._kind}.apply(module) was not called for it, or remove ended it; this module carries {by}"
         own = ", ".join(repr(recipe.name) for recipe in self._own(module, None))
@@ -311,7 +311,7 @@ class Reparametrization(Norm):
         if any(self._own(layer, name) for layer in module.modules()):
             way_out = "use explicit_wn.recompute_all(module)" if verb == "recompute" else "give it one of those"
             reason += f", but modules within it do: {way_out}"
-        return self._refusal(module, self.name if name is None else name, reason, verb=verb)
+        return reason
 
     def _own(self, module: nn.Module, name: str | None) -> list[Recipe]:
         """What this object does in `module`, if anything: to `name`, or to all that it was applied to."""
@@ -321,16 +321,16 @@ class Reparametrization(Norm):
             found = [r for r in carrier.recipes_of(module) if r.name == name and type(r.norm) is type(self)]
         return found
 
-    def _recipes(self, module: Any, name: str | None) -> list[Recipe]:
+    def _recipes(self, module: Any, name: str | None, verb: str) -> list[Recipe]:
         """`_own`, of which there must be some."""
-        self._check_module(module, self.name if name is None else name, "find")
+        self._check_module(module, self.name if name is None else name, verb)
         found = self._own(module, name)
         if not found:
-            raise self._not_normed(module, name, "find")
+            raise self._not_normed(module, name, verb)
         return found
 
-    def _recipe(self, module: Any, name: str | None) -> Recipe:
-        recipes = self._recipes(module, name)
+    def _recipe(self, module: Any, name: str | None, verb: str) -> Recipe:
+        recipes = self._recipes(module, name, verb)
         recipes = [recipe for recipe in recipes if recipe.name == self.name] or recipes
         if len(recipes) > 1:
             names = ", ".join(repr(recipe.name) for recipe in recipes)

@@ -51,23 +51,17 @@ def one_of(*choices: str) -> Validator:
 
 def eps(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
     """The smallest norm that is divided by, or 0 for none."""
-    _check_eps(norm, field, value, "a finite float from 0 up")
+    _check_number(norm, field, value, "a finite float from 0 up")
 
 
 def positive_eps(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
     """`eps`, where a norm needs one."""
-    wanted = "a finite float above 0"
-    _check_eps(norm, field, value, wanted)
-    if value == 0:
-        raise refusal(norm, field.name, value, wanted)
+    _check_above_0(norm, field, value, "a finite float above 0")
 
 
 def positive(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
     """A number above 0."""
-    wanted = "a finite number above 0"
-    _check_number(norm, field, value, wanted)
-    if value == 0:
-        raise refusal(norm, field.name, value, wanted)
+    _check_above_0(norm, field, value, "a finite number above 0")
 
 
 def a_bool(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
@@ -76,17 +70,22 @@ def a_bool(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
         raise refusal(norm, field.name, value, "True or False", TypeError)
 
 
+def _check_above_0(norm: Any, field: "attrs.Attribute[Any]", value: Any, wanted: str) -> None:
+    _check_number(norm, field, value, wanted)
+    if value == 0:
+        raise refusal(norm, field.name, value, wanted)
+
+
 def _check_number(norm: Any, field: "attrs.Attribute[Any]", value: Any, wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise refusal(norm, field.name, value, wanted, TypeError)
     if not 0 <= value < math.inf:
         raise refusal(norm, field.name, value, wanted)
-
-
-def _check_eps(norm: Any, field: "attrs.Attribute[Any]", value: Any, wanted: str) -> None:
-    _check_number(norm, field, value, wanted)
-    if 0 < value < torch.finfo(torch.float32).tiny:
-        raise refusal(norm, field.name, value, "0 in single precision; take a larger one (1e-12, say)")
+    single = torch.finfo(torch.float32)
+    if 0 < value < single.tiny:
+        raise refusal(norm, field.name, value, "0 in single precision; take a larger one")
+    if value > single.max:
+        raise refusal(norm, field.name, value, "infinite in single precision; take a smaller one")
 
 
 def refusal(norm: Any, setting: str, value: Any, wanted: str, error: type[Exception] = ValueError) -> Exception:

@@ -53,6 +53,7 @@ TESTS = {
     "contexts/torchscript": "torchscript without_torchscript weight_norm spectral_norm",
     "folded": "author other_norms fold",
     "functional/middle_dim": "middle_dim functional numerics",
+    "functional/shapes": "functional other_norms hazards capture",
     "functional/slices": "other_norms functional",
     "functional/spectral": "spectral_norm functional",
     "functional/weight": "functional middle_dim numerics properties dims autograd",

@@ -43,8 +43,8 @@ def recompute(module):
             store[{name!r}] = stored
             return carefully.recompute_recipe(module, recipe)
         del stored  # freed before its successor is allocated: the same memory is used again
-    {advance}
     try:
+        {advance}
         value = {value}
     except ValueError as error:
         raise recipe.refusal(module, error) from error
@@ -62,8 +62,8 @@ def compute(module):
     {find_parts}
     if {parts_are_unusual}:
         return carefully.advance_and_compute(module, recipe)
-    {advance}
     try:
+        {advance}
         value = {value}
     except ValueError as error:
         raise recipe.refusal(module, error) from error

@@ -53,7 +53,10 @@ def advance(module: nn.Module, recipe: Recipe) -> None:
     """What a recompute in training mode does first."""
     if recipe.advance is not None and module.training:
         parts = recipe.read(module)
-        recipe.advance(**{part: parts[part] for part in recipe.advance_parts}, **recipe.advance_options)
+        try:
+            recipe.advance(**{part: parts[part] for part in recipe.advance_parts}, **recipe.advance_options)
+        except ValueError as error:
+            raise recipe.refusal(module, error) from error
 
 
 def _is_for_once(module: nn.Module, recipe: Recipe) -> bool:

@@ -30,6 +30,8 @@ class Recipe(Protocol):
     """What is asked here of a `carrier.Recipe`, which says what it is."""
 
     @property
+    def norm(self) -> object: ...
+    @property
     def name(self) -> str: ...
     @property
     def inlined(self) -> bool: ...
@@ -131,7 +133,7 @@ def methods(base: type[nn.Module], recipes: tuple[Recipe, ...], eager: dict[str,
     TorchScript can read them, which do the same when they are called."""
     scope: dict[str, Any] = {"is_scripting": is_scripting}
     is_rnn, inlined = issubclass(base, nn.RNNBase), any(recipe.inlined for recipe in recipes)
-    source = _recompute_source(recipes, scope, is_rnn)
+    source = _recompute_source(recipes, scope, is_rnn, base.__name__)
     explicit = any(not recipe.inlined for recipe in recipes)
     made: dict[str, Any] = {"_recompute_normed": Exported(define(source, "_recompute_normed", base, scope), explicit)}
     if "_update_flat_weights" in eager:
@@ -146,8 +148,11 @@ def methods(base: type[nn.Module], recipes: tuple[Recipe, ...], eager: dict[str,
     return made
 
 
+NEVER_TOLD = ""
+"""What the forward of a layer asks for that was never told to recompute."""
+
 _RECOMPUTE_INLINED = 'self._recompute_normed("inlined")'
-_RECOMPUTE_IF_NEVER_TOLD = 'if not self._was_told_to_recompute:\n    self._recompute_normed("")'
+_RECOMPUTE_IF_NEVER_TOLD = f"if not self._was_told_to_recompute:\n    self._recompute_normed({NEVER_TOLD!r})"
 
 
 class Exported:
@@ -186,21 +191,26 @@ def declarations(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> dict[str
     return declared
 
 
-def _recompute_source(recipes: tuple[Recipe, ...], scope: dict[str, Any], is_rnn: bool) -> str:
+def _recompute_source(recipes: tuple[Recipe, ...], scope: dict[str, Any], is_rnn: bool, kind: str) -> str:
     """The source of `_recompute_normed`; the functions it calls are added to `scope`."""
     lines = ["def _recompute_normed(self, label: str) -> None:"]
     keyword = "if"
-    for label in dict.fromkeys(label for recipe in recipes for label in recipe.labels):
+    for label in dict.fromkeys([label for recipe in recipes for label in recipe.labels] + [NEVER_TOLD]):
         lines.append(f"    {keyword} label == {label!r}:")
-        keyword = "elif"
+        keyword, told = "elif", label != NEVER_TOLD
         for index, recipe in enumerate(recipes):
-            if label in recipe.labels:
-                lines += [" " * 8 + line for line in _statements(recipe, index, scope, is_rnn)]
-        lines.append("        self._was_told_to_recompute = True")
-    lines.append("    else:")
-    for index, recipe in enumerate(recipes):
-        lines += [" " * 8 + line for line in _statements(recipe, index, scope, is_rnn, advance=False)]
-    return "\n".join(lines) + "\n"
+            if not told or label in recipe.labels:
+                lines += [" " * 8 + line for line in _statements(recipe, index, scope, is_rnn, advance=told)]
+        if told:
+            lines.append("        self._was_told_to_recompute = True")
+    return "\n".join([*lines, "    else:", f"        raise ValueError({_not_its_own(recipes, kind)})"]) + "\n"
+
+
+def _not_its_own(recipes: tuple[Recipe, ...], kind: str) -> str:
+    """What TorchScript says where eager mode says it as well, of a norm that was applied to something else."""
+    carried = ", ".join(repr(recipe.norm) for recipe in recipes)
+    reason = f"apply(module) was not called for it, or remove ended it; this module carries {carried}."
+    return f"label + {f' cannot recompute this {kind}: {reason}'!r}"
 
 
 def _statements(recipe: Recipe, index: int, scope: dict[str, Any], is_rnn: bool, advance: bool = True) -> Iterator[str]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..contexts.capture import capturing, is_captured, kept_copy
 from ..contexts.torchscript import is_scripting, is_traced, is_tracing
-from .weight import norm_except_dim, shape_of_g, weight_norm
+from .shapes import fitting
+from .weight import is_empty, norm_except_dim, shape_of_g, weight_norm
 
 
 def unit_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> Tensor:
@@ -66,6 +67,8 @@ def force_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> None:
     tensor([[0.8485, 1.1314]])
     """
     v = v.detach()
+    if is_empty(v):
+        return
     norm = _length(v, dim, eps)
     _multiply(v, (v.numel() / norm.numel()) ** 0.5 / norm)
 
@@ -76,6 +79,9 @@ def weight_standardization(v: Tensor, gain: Tensor, dim: int = 0, eps: float = 0
     >>> weight_standardization(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0]]))
     tensor([[-2.,  2.]])
     """
+    gain = fitting(v, gain, dim, "gain")
+    if is_empty(v):
+        return v * gain
     rows = v.movedim(dim, 0).flatten(1)
     centered = v - rows.mean(1).view_as(gain)
     return weight_norm(centered, gain * (v.numel() / gain.numel()) ** 0.5, dim, eps)

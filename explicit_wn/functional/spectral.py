@@ -5,6 +5,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from .shapes import check_vectors, number
+
 
 def as_matrix(weight: Tensor, dim: int = 0) -> Tensor:
     """`weight` with `dim` as its rows and everything else as its columns.
@@ -39,6 +41,7 @@ def power_iteration(
     with torch.no_grad():
         # detached as well, since torch.jit.trace does not record no_grad
         matrix = as_matrix(orig.detach(), dim).to(u.dtype)
+        check_vectors(matrix, u, v)
         for _ in range(n_power_iterations):
             if first == "u":
                 torch.nn.functional.normalize(torch.mv(matrix, v), dim=0, eps=eps, out=u)
@@ -73,6 +76,7 @@ def sigma_reparam(
     tensor([[6., 0.],
             [0., 2.]])
     """
+    g = number(orig, g)
     if u is None or v is None:
         return g * torch.nn.functional.normalize(orig, dim=0, eps=eps)
     return orig * (g / _sigma(orig, u, v, dim))
@@ -83,4 +87,5 @@ def _sigma(orig: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
     # the next power iteration changes u and v in place, perhaps before the gradient of this is taken: hence the copies
     u, v = u.clone(), v.clone()
     matrix = as_matrix(orig, dim).to(u.dtype)  # FSDP2 computes in half precision while buffers stay in single
+    check_vectors(matrix, u, v)
     return torch.dot(u, torch.mv(matrix, v))

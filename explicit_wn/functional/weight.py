@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..contexts.capture import capturing, is_captured
-from ..contexts.torchscript import is_scripting, is_traced, is_tracing, shape_of
+from ..contexts.torchscript import is_scripting, is_traced, is_tracing
 from . import middle_dim
+from .shapes import fitting, kept_dim
 
 
 def norm_except_dim(v: Tensor, pow: Union[int, float] = 2, dim: Optional[int] = 0) -> Tensor:
@@ -28,8 +29,8 @@ def norm_except_dim(v: Tensor, pow: Union[int, float] = 2, dim: Optional[int] = 
     if dim is None or dim == -1:
         whole: Tensor = torch.linalg.vector_norm(v, power)
         return whole
-    kept = dim + v.dim() if dim < 0 else dim
-    if power % 1.0 == 0.0 and not _is_empty(v):  # a whole number; infinity is none
+    kept = kept_dim(v, dim)
+    if power % 1.0 == 0.0 and not is_empty(v):  # a whole number; infinity is none
         return torch.norm_except_dim(v, int(power), kept)
     others = list(range(v.dim() + 1))
     others.remove(kept)
@@ -55,10 +56,10 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     tensor([[6., 8.]])
     """
     if not is_scripting():
-        weight = None if capturing() else weight_norm_by_kernel(v, g, dim, eps)
+        weight = None if capturing() or isinstance(dim, float) else weight_norm_by_kernel(v, g, dim, eps)
         if weight is not None:
             return weight
-    _check_magnitude(v, g, dim)
+    g = fitting(v, g, dim)
     if eps > 0.0:
         # in half precision eps may be 0, and the norm infinite
         if is_scripting():  # nearly without branches, of which torch.jit.freeze resolves but so many
@@ -77,7 +78,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
             return middle_dim.weight_norm_in_eager_mode(v, g, dim)
     if _is_empty_or_double(v):
         # what torch's kernel cannot do: second derivatives (they are wrong), and weights without entries (a crash)
-        return v * g if _is_empty(v) else v * (g / norm_except_dim(v, 2, dim))
+        return v * g if is_empty(v) else v * (g / norm_except_dim(v, 2, dim))
     if dim is None or dim == -1:
         return _in_layout_of(v, torch._weight_norm(v, g, -1))
     return _in_layout_of(v, torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim))
@@ -93,7 +94,8 @@ def scaled_weight_norm(
     """
     if clip is None:
         return weight_norm(v, g, dim, eps)
-    norm = torch.norm_except_dim(v, 2, -1 if dim is None else dim)
+    g = fitting(v, g, dim)
+    norm = norm_except_dim(v, 2, dim)
     return v * (g / (norm.clamp_min(eps) if eps > 0.0 else norm)).clamp_max(clip)
 
 
@@ -107,6 +109,8 @@ def scaled_weight_norm_by_kernel(
         return None
     others = [other for other in range(v.dim()) if other != dim]
     norm: Tensor = torch.linalg.vector_norm(v, 2, others, dim is not None)
+    if g.shape != norm.shape:
+        return None
     return v * (g / norm).clamp_max(clip)
 
 
@@ -131,24 +135,6 @@ def shape_of_g(shape: tuple[int, ...], dim: Optional[int]) -> tuple[int, ...]:
     return () if dim is None else tuple(n if d == dim else 1 for d, n in enumerate(shape))
 
 
-def _check_magnitude(v: Tensor, g: Tensor, dim: Optional[int]) -> None:
-    """Refuses a g that is not of v's shape along `dim`: torch's kernel does not look, and reads past its end."""
-    if is_scripting():
-        of_v, of_g = list(v.size()), list(g.size())
-    elif isinstance(v, Tensor):
-        of_v, of_g = shape_of(v), shape_of(g)
-    else:
-        return  # a proxy of torch.fx
-    wanted = [1] * 0
-    if dim is not None and dim != -1:
-        kept = dim + len(of_v) if dim < 0 else dim
-        if kept < 0 or kept >= len(of_v):
-            raise IndexError(f"dim={dim} is out of range for a weight of the shape {of_v}")
-        wanted = [1] * kept + [of_v[kept]] + [1] * (len(of_v) - kept - 1)
-    if of_g != wanted and (len(wanted) > 0 or g.numel() != 1 or len(of_g) > len(of_v)):
-        raise ValueError(f"a weight of the shape {of_v} with dim={dim} wants a g of the shape {wanted}, not {of_g}")
-
-
 def _clamped(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Tensor:
     return v * (g / norm_except_dim(v, 2, dim).clamp_min(eps))
 
@@ -156,12 +142,13 @@ def _clamped(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Tensor:
 # torch.fx traces with what is no Tensor, and torch.jit.trace with a numel() that is one: neither can be branched on
 
 
-def _is_empty(v: Tensor) -> bool:
+def is_empty(v: Tensor) -> bool:
+    """Whether `v` has no entries, where that can be asked."""
     return isinstance(v, Tensor) and not is_tracing() and v.numel() == 0
 
 
 def _is_empty_or_double(v: Tensor) -> bool:
-    return isinstance(v, Tensor) and (v.dtype == torch.float64 or _is_empty(v))
+    return isinstance(v, Tensor) and (v.dtype == torch.float64 or is_empty(v))
 
 
 def _is_for_middle_dim(v: Tensor, dim: int) -> bool:

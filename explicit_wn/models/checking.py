@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..carrier import Recipe, is_current, recipes_of, store_of
 from ..carrier.alarm import is_written_to
 from ..layers import qualified
+from ..refusals import kind_of
 from ..reparametrization import Reparametrization
 from ..table import Table
 from . import spellings
@@ -23,8 +24,8 @@ class Finding:
     name: str
     """The weight, part or norm that it is about, by its qualified name."""
     problem: str
-    """`stale`, `lost write`, `unknown`, `not finite`, `not in the optimizer`, `tied`, `same name`, `spelling of torch`
-    or `foreign`."""
+    """`stale`, `lost write`, `unknown`, `not finite`, `broken`, `not in the optimizer`, `tied`, `same name`,
+    `spelling of torch` or `foreign`."""
     way_out: str
     """What to do about it."""
 
@@ -45,10 +46,10 @@ class Findings(Table):
 def check(model: nn.Module, optimizer: Any = None) -> Findings:
     """What is wrong with the norms of `model`, and what to do about each; an empty table if nothing is.
 
-    It finds weights that are stale, that somebody wrote into (which the next recompute undoes) or that are not finite;
-    parts that two modules share; norm objects of one name and other settings in one module; norms of torch's and of
-    other projects; and, given the optimizer, trainable parts that it does not hold, as one does not that was made
-    before `apply`. It changes nothing.
+    It finds weights that are stale, that somebody wrote into (which the next recompute undoes), that are not finite or
+    that the parts cannot make, as where their shapes do not belong together; parts that two modules share; norm objects
+    of one name and other settings in one module; norms of torch's and of other projects; and, given the optimizer,
+    trainable parts that it does not hold, as one does not that was made before `apply`. It changes nothing.
 
     ```pycon
     >>> from explicit_wn import WeightNorm
@@ -64,7 +65,7 @@ def check(model: nn.Module, optimizer: Any = None) -> Findings:
     """
     check_model("check", model)
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
-        raise TypeError(f"check wants an optimizer second, with param_groups, and got a {type(optimizer).__name__}.")
+        raise TypeError(f"check wants an optimizer second, with param_groups, and got {kind_of(optimizer)}.")
     rows = [row for path, module in model.named_modules() for row in _of_module(path, module)]
     rows += _tied(model)
     if optimizer is not None:
@@ -78,6 +79,8 @@ def _of_module(path: str, module: nn.Module) -> Iterator[Finding]:
     for found in (*spellings.find(module), *spellings.find_foreign(module)):
         if found.spelling == "foreign":
             yield Finding(qualified(path, found.name), "foreign", "end it in its project's way, and apply one of ours")
+        elif found.state == "broken":
+            yield Finding(qualified(path, found.name), "broken", str(found.why_not))
         elif found.is_norm:
             yield Finding(qualified(path, found.name), "spelling of torch", "explicit_wn.convert(model)")
     norms: dict[str, str] = {}
@@ -89,8 +92,12 @@ def _of_module(path: str, module: nn.Module) -> Iterator[Finding]:
 
 
 def _of_weight(name: str, module: nn.Module, recipe: Recipe) -> Iterator[Finding]:
-    with torch.no_grad():
-        weight = recipe.compute(module)
+    try:
+        with torch.no_grad():
+            weight = recipe.compute(module)
+    except ValueError as error:
+        yield Finding(name, "broken", str(error))
+        return
     if not weight.is_meta and not weight.isfinite().all():
         yield Finding(name, "not finite", "look at its parts with explicit_wn.steps; initialize them, or set eps")
     state = state_of(module, recipe, weight)

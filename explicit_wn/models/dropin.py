@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from .. import carrier
+from .. import carrier, refusals
 from ..carrier import all_or_nothing
 from ..norms import SpectralNorm, WeightNorm
 from ..reparametrization import Reparametrization
@@ -77,7 +77,7 @@ def remove_spectral_norm(module: Module, name: str = "weight") -> Module:
 def _remove(module: Module, name: str, kind: type[Reparametrization], verb: str) -> Module:
     """Ends the norm of this weight, if it is of this kind."""
     if not isinstance(module, nn.Module):
-        raise TypeError(f"{verb} wants the module first, an nn.Module, and got a {type(module).__name__}.")
+        raise TypeError(f"{verb} wants the module first, an nn.Module, and got {refusals.kind_of(module)}.")
     foreign = next((found for found in spellings.find(module) if found.name == name and found.is_norm), None)
     norm = foreign.norm if foreign else _norm_of(module, name)
     reason = _why_not(foreign, norm, kind)

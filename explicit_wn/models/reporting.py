@@ -37,7 +37,8 @@ class Row:
     """How many numbers in it are trained or trainable."""
     state: str
     """`fresh`; `stale` where the parts have changed since the weight was computed; `lost write` where the weight has;
-    `unknown` where it is not what the parts make and no counter tells why; empty where there is nothing to compare."""
+    `unknown` where it is not what the parts make and no counter tells why; `broken` where the parts make no weight, as
+    `check` explains; empty where there is nothing to compare."""
 
 
 @attrs.frozen(repr=False)
@@ -82,10 +83,14 @@ def report(model: nn.Module) -> Report:
 
 def _ours(module: nn.Module) -> Iterator[Found]:
     for recipe in carrier.recipes_of(module):
-        with torch.no_grad():
-            weight = recipe.compute(module)
-        shape, state = tuple(weight.shape), state_of(module, recipe, weight)
-        yield Found(recipe.name, "ours", recipe.norm, recipe.norm._kind, recipe.read(module), shape, state, None)
+        try:
+            with torch.no_grad():
+                weight = recipe.compute(module)
+            shape, state = tuple(weight.shape), state_of(module, recipe, weight)
+        except ValueError:
+            shape, state = (), "broken"
+        parts = {part: value for part, value in recipe.read(module).items() if value is not None}
+        yield Found(recipe.name, "ours", recipe.norm, recipe.norm._kind, parts, shape, state, None)
 
 
 def _row(path: str, found: Found) -> Row:

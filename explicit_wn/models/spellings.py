@@ -43,7 +43,8 @@ class Found:
     shape: tuple[int, ...]
     """The weight's shape."""
     state: str
-    """`fresh`, or `stale` where the weight in the module is not what the parts make; empty for a foreign norm."""
+    """`fresh`; `stale` where the weight in the module is not what the parts make; `broken` where they make none; empty
+    for a foreign norm."""
     why_not: str | None
     """Why it cannot become ours, and the way out."""
 
@@ -77,8 +78,12 @@ def _from_hook(module: nn.Module, hook: Any) -> Found:
     elif len(parts) < len(names):
         why_not = "a part of it is computed by another tool (parametrize or prune); end that first"
     whole = getattr(module, f"{name}_{names[0]}" if len(names) == 3 else f"{name}_v")
-    stale = norm is not None and len(parts) == len(names) and _differs(norm, parts, vars(module).get(name))
-    state, called = "stale" if stale else "fresh", norm._kind if norm else kind.__name__
+    state, called = "fresh", norm._kind if norm else kind.__name__
+    try:
+        if norm is not None and len(parts) == len(names) and _differs(norm, parts, vars(module).get(name)):
+            state = "stale"
+    except ValueError as error:
+        state, why_not = "broken", why_not or str(error)
     return Found(name, "hook", norm, called, parts, tuple(whole.shape), state, why_not)
 
 
@@ -157,7 +162,8 @@ _SIGNS = (  # what norms of other projects call their parts: the kind, what has 
 def find_foreign(module: nn.Module) -> Iterator[Found]:
     """What looks like the parts of norms in `module` itself that are neither ours nor torch's.
 
-    Names and shapes are all there is to go by, since every project computes its norms in a way of its own.
+    Names and shapes are all there is to go by, since every project computes its norms in its own way; for the parts
+    of a `weight` that is not there, the names alone.
     """
     if _is_captured(module):
         return
@@ -169,7 +175,9 @@ def find_foreign(module: nn.Module) -> Iterator[Found]:
             stem = matrix.removesuffix(end)
             name, vector = stem if end.startswith("_") else matrix, stem + vector_end
             taken = known if name == matrix else {*known, *module._parameters}  # a parameter is not computed
-            if name not in taken and vector in own and _fit(own[matrix], own[vector], trained=name != matrix):
+            if name in taken or vector not in own:
+                continue
+            if matrix != name == "weight" or _fit(own[matrix], own[vector], trained=name != matrix):
                 known.add(name)
                 beside = re.compile(re.escape(vector.rstrip("0")[:-1]) + "(g|u|v|sv)[0-9]*")
                 parts = {part: own[part] for part in own if part == matrix or beside.fullmatch(part)}

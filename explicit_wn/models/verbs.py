@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,6 +13,7 @@ from ..carrier import Block, all_or_nothing, store_of
 from ..carrier.alarm import tell_lost_write
 from ..contexts.torchscript import is_scripted
 from ..layers import LAYERS, qualified
+from ..refusals import kind_of
 from ..reparametrization import Reparametrization
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,6 +28,7 @@ def normed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Reparametrization
     >>> [(name, norm) for name, module, norm in normed(model)]
     [('1.weight', WeightNorm('weight', dim=0))]
     """
+    check_model("normed", model)
     for path, module in model.named_modules():
         for recipe in carrier.recipes_of(module):
             yield qualified(path, recipe.name), module, recipe.norm
@@ -74,9 +76,12 @@ def recompute_all(model: nn.Module) -> None:
     True
     """
     check_model("recompute_all", model)
-    for module in model.modules():
+    for path, module in model.named_modules():
         for one in getattr(type(module), "_normed_functions", ()):  # a look-up in a module that fails is slow
-            one.recompute(module)
+            try:
+                one.recompute(module)
+            except (TypeError, ValueError) as error:
+                raise named(path, error) from error
 
 
 @contextlib.contextmanager
@@ -142,25 +147,25 @@ def _predicate(where: Where | None) -> Callable[[str, nn.Module], bool]:
 
 def _check_where(where: Any) -> None:
     """Refuses what neither `isinstance` nor a call can answer."""
-    is_module = isinstance(where, nn.Module)
-    are_classes = isinstance(where, tuple) and where != () and all(isinstance(one, type) for one in where)
+    is_module, is_tuple = isinstance(where, nn.Module), isinstance(where, tuple)
+    are_classes = is_tuple and len(where) > 0 and all(isinstance(one, type) for one in where)
     if are_classes or (callable(where) and not is_module):
         return
-    got = f"a {type(where).__name__} itself" if is_module else repr(where)
+    got = f"{kind_of(where)} itself" if is_module else repr(where)
     message = f"apply_all: where is a module class, a tuple of them, or a function that is asked, not {got}"
-    names = [where] if isinstance(where, str) else where
+    names = [where] if isinstance(where, str) else list(where) if isinstance(where, Collection) else []
     if is_module:
         message += "; for that module alone write norm.inline(module)"
-    elif isinstance(names, (list, tuple, set)) and names and all(isinstance(name, str) for name in names):
-        message += f"; for names write where=lambda name, module: name in {names!r}"
-    raise (ValueError if where == () else TypeError)(f"{message}.")
+    elif names and all(isinstance(name, str) for name in names):
+        message += f"; for names write where=lambda name, module: name in {list(map(str, names))!r}"
+    raise (ValueError if is_tuple and not names else TypeError)(f"{message}.")
 
 
 def check_model(verb: str, model: Any, norm: Any = None) -> None:
     """Refuses what is no model in eager mode, and what is no norm object."""
     eager = verb == "report" or not is_scripted(model)
     if not isinstance(model, nn.Module) or isinstance(model, Reparametrization) or not eager:
-        what = f"the norm {model!r}" if isinstance(model, Reparametrization) else f"a {type(model).__name__}"
+        what = f"the norm {model!r}" if isinstance(model, Reparametrization) else kind_of(model)
         raise TypeError(f"{verb} wants the model first, an nn.Module in eager mode, and got {what}.")
     if verb == "apply_all" and not isinstance(norm, Reparametrization):
         raise TypeError(f"apply_all wants a norm object second, WeightNorm() for example, and got {norm!r}.")
@@ -172,4 +177,9 @@ def naming(path: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{path or 'the model'}: {error}") from error
+        raise named(path, error) from error
+
+
+def named(path: str, error: Exception) -> Exception:
+    """`error` with the module's place in the model in front of its message."""
+    return type(error)(f"{path or 'the model'}: {error}")

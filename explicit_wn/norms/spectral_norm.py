@@ -39,8 +39,8 @@ class SpectralNorm(Reparametrization):
 
     So the largest singular value becomes 1, as nearly as σ is known, and a Linear layer stretches no distance. A
     convolution may: its matrix is the kernel reshaped, as in torch and in the paper, and the layer applies that at
-    places that overlap. It stretches distances by at most the square root of the number of the kernel's positions, 3
-    for a kernel of 3×3.
+    places that overlap. With zeros for padding it stretches distances by at most the square root of the number of the
+    kernel's positions, 3 for a kernel of 3×3; a padding mode that repeats entries may stretch further.
 
     `apply` replaces the parameter `weight` by the parameter `weight_orig` and the buffers `weight_u`, `weight_v`. A
     parameter of one dimension has neither buffer: it is divided by its length. The verbs are those of every

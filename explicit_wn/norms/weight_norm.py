@@ -107,9 +107,10 @@ class WeightNorm(Reparametrization):
             raise ValueError(
                 f"from_r({name!r}, 0): R counts dimensions from 1, and its apply refuses 0; the first one is 1."
             )
-        if dim is None or dim == -1:
-            return cls(name, dim=None)
-        return cls(name, dim=dim - 1 if dim > 0 else dim)
+        in_python = None if dim is None or dim == -1 else dim - 1 if dim > 0 else dim
+        norm = cls(name, dim=in_python)
+        norm._counts_from = 1
+        return norm
 
 
 def _some(indices: list[int]) -> str:

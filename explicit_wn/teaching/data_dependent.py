@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from .. import carrier
 from ..carrier import Recipe
 from ..layers import LAYERS, TRANSPOSED, qualified
+from ..models.verbs import check_model
 from ..norms import WeightNorm
 
 _FUNCTIONS = [nn.functional.linear]
@@ -42,6 +43,7 @@ def data_dependent_init(model: nn.Module, *batch: Any, **keywords: Any) -> list[
     >>> torch.allclose(model(batch).var(dim=0, correction=0), torch.ones(2), atol=1e-5)
     True
     """
+    check_model("data_dependent_init", model)
     layers = _layers_to_initialize(model)
     if not layers:
         raise ValueError(

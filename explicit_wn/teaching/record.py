@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import carrier, settings
 from ..carrier import Block, Recipe, store_of
 from ..layers import qualified
+from ..models.verbs import check_model
 from ..table import Table, parts_shown, shape_shown
 from .steps import Steps, steps_of
 
@@ -166,6 +167,7 @@ def record(
 
     ```
     """
+    check_model("record", model)
     chosen = _chosen(model, [names] if isinstance(names, str) else names)
     _check_limits(chosen, every, limit)
     listener = _Listener(

@@ -15,6 +15,7 @@ from .. import carrier
 from ..carrier import Recipe, Stored, store_of, weight
 from ..carrier.alarm import bits, is_only_looked_at, name_and_advice, on_stale
 from ..contexts.torchscript import is_tracing
+from ..models.verbs import check_model
 
 
 class StaleWeightError(RuntimeError):
@@ -55,6 +56,8 @@ def detect_stale(model: nn.Module | None = None) -> Iterator[None]:
         self.wn.recompute(self.fc)
     ...
     """
+    if model is not None:
+        check_model("detect_stale", model)
     watch = _Watch(model)
     try:
         with _lock:

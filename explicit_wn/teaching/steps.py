@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import carrier
 from ..carrier import Recipe
 from ..layers import qualified
+from ..models.verbs import check_model
 from ..table import Table, shape_shown
 
 
@@ -92,6 +93,7 @@ def steps(module: nn.Module, name: str = "weight", gradient: Tensor | None = Non
 
     ```
     """
+    check_model("steps", module)
     found = {
         qualified(path, recipe.name): (owner, recipe)
         for path, owner in module.named_modules(remove_duplicate=False)
@@ -104,6 +106,7 @@ def steps(module: nn.Module, name: str = "weight", gradient: Tensor | None = Non
             "WeightNorm().apply(module) norms a weight, and convert(model) takes over the norms of torch."
         )
     owner, recipe = found[name]
+    recipe.compute(owner)  # refused where the parts do not belong together
     return steps_of(recipe, recipe.read(owner), lambda: recipe.compute(owner), gradient)
 
 

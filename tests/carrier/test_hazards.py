@@ -7,6 +7,7 @@ training mode, whose u and v change in place.
 
 import contextlib
 import gc
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +19,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 from whole_models import spectral_weight
 
-from explicit_wn import SpectralNorm, WeightNorm, cached, carrier, fold, normed, recompute_all
+from explicit_wn import (
+    ScaledWeightNorm,
+    SigmaReparam,
+    SpectralNorm,
+    WeightNorm,
+    WeightStandardization,
+    cached,
+    carrier,
+    fold,
+    normed,
+    recompute_all,
+    steps,
+)
 
 # Models, and what they compute, without the package
 
@@ -463,13 +476,18 @@ def assert_own_output(model: Small, x: Tensor) -> None:
     torch.testing.assert_close(model(x), expected[0] if isinstance(expected, tuple) else expected, rtol=1e-6, atol=1e-6)
 
 
-# What torch's kernel does not look at
+# Parts that do not belong together
+
+
+def norm_of(layer: nn.Module) -> Any:
+    return next(normed(layer))[2]
 
 
 WAYS: dict[str, Callable[[Any, Tensor], Any]] = {
-    "recompute": lambda layer, x: WeightNorm().recompute(layer),
+    "recompute": lambda layer, x: norm_of(layer).recompute(layer),
     "recompute_all": lambda layer, x: recompute_all(layer),
-    "compute_weight": lambda layer, x: WeightNorm().compute_weight(layer),
+    "compute_weight": lambda layer, x: norm_of(layer).compute_weight(layer),
+    "steps": lambda layer, x: steps(layer),
     "cached": lambda layer, x: cached(layer).__enter__(),
     "script": lambda layer, x: torch.jit.script(layer)(x),
     "export": lambda layer, x: torch.export.export(layer, (x,)),
@@ -503,3 +521,34 @@ def test_a_g_of_another_shape_is_refused_wherever_the_weight_is_computed(verb: s
         layer.weight_g = nn.Parameter(torch.rand(1, 20))
     with pytest.raises(Exception, match=r"\[40, 20\].*\[40, 1\].*\[1, 20\]"):
         (WAYS | READS)[way](layer, torch.ones(1, 20))
+
+
+FITTING: dict[str, tuple[Callable[[], Any], str, tuple[int, ...], str]] = {
+    "clipped": (lambda: ScaledWeightNorm(clip=0.5), "weight_g", (1, 20), "wants a g of the shape [40, 1], not [1, 20]"),
+    "clipped, one": (lambda: ScaledWeightNorm(clip=0.5), "weight_g", (1, 1), "of the shape [40, 1], not [1, 1]"),
+    "fixed": (lambda: ScaledWeightNorm(learn_scale=False), "weight_g", (1, 20), "of the shape [40, 1], not [1, 20]"),
+    "gain": (lambda: WeightStandardization(), "weight_gain", (1, 40), "wants a gain of the shape [40, 1], not [1, 40]"),
+    "gamma": (lambda: SigmaReparam(), "weight_g", (40, 1), "wants a g of one number, not of the shape [40, 1]"),
+    "u": (lambda: SpectralNorm(), "weight_u", (20,), "wants a u and a v of its lengths, not of the shapes [20]"),
+    "v": (lambda: SigmaReparam(), "weight_v", (1, 20), "not of the shapes [40] and [1, 20]"),
+    "orig": (lambda: SpectralNorm(), "weight_orig", (20, 40), "matrix of the shape [20, 40] wants a u and a v"),
+}
+
+
+@pytest.mark.parametrize("verb", ["apply", "inline"])
+@pytest.mark.parametrize("way", [way for way in WAYS | READS if way != "compile"])
+@pytest.mark.parametrize(("norm", "part", "shape", "says"), FITTING.values(), ids=FITTING)
+def test_parts_that_do_not_belong_together_are_refused_by_every_norm(
+    norm: Callable[[], Any], part: str, shape: tuple[int, ...], says: str, way: str, verb: str
+) -> None:
+    """In training mode, where the power iterations see them first, and write nothing into u and v."""
+    layer: Any = getattr(norm(), verb)(nn.Linear(20, 40))
+    own: Any = layer._buffers if part in layer._buffers else layer._parameters
+    own[part] = nn.Parameter(torch.rand(shape)) if part in layer._parameters else torch.rand(shape)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(Exception, match=re.escape(says)) as raised:
+        (WAYS | READS)[way](layer, torch.ones(1, 20))
+    if way != "export":
+        assert f"{norm_of(layer)!r} cannot compute 'weight' of this Linear: " in str(raised.value)
+    if not part.endswith("_g"):
+        assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())

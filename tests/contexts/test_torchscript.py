@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import re
 import subprocess
 import sys
 import warnings
@@ -21,7 +22,7 @@ from layers import Net, by_hand, make_stale
 from torch import Tensor, nn
 
 import explicit_wn
-from explicit_wn import StaleWeightWarning, WeightNorm, functional
+from explicit_wn import SpectralNorm, StaleWeightWarning, WeightNorm, functional
 
 Norm = Callable[[nn.Module], Any]
 
@@ -552,6 +553,39 @@ class WithAGlobal(Net):
         return self.fc(x)
 
 
+class CallsAGlobal(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        GLOBAL(self.fc)
+        return self.fc(x)
+
+
+class Chained(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wn(self.fc)(x)
+
+
+class InAList(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = [self.wn]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.norms[0].recompute(self.fc)
+        return self.fc(x)
+
+
+class RecomputesAll(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        explicit_wn.recompute_all(self)
+        return self.fc(x)
+
+
+class Caches(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with explicit_wn.cached(self):
+            return self.fc(x)
+
+
 def frozen_without_us() -> None:
     torch.jit.freeze(torch.jit.script(fresh_net().eval()))(torch.ones(4, 3))
 
@@ -564,6 +598,11 @@ IN_TORCHS_WORDS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "assign": (Assigning, "Unknown type name 'Module'", ""),
     "remove": (Removing, "Unknown type name 'Module'", ""),
     "global": (WithAGlobal, "attribute lookup is not defined on python value of type 'WeightNorm'", "GLOBAL.recompute"),
+    "global, called": (CallsAGlobal, "Unknown type annotation: '~Module'", "GLOBAL(self.fc)"),
+    "call, chained": (Chained, "cannot call a value of type 'NoneType'", "self.wn(self.fc)"),
+    "list": (InAList, "Could not infer type of list element", "'norms'"),
+    "recompute_all": (RecomputesAll, "try blocks aren't supported", ""),
+    "cached": (Caches, "Comprehension ifs are not supported yet", ""),
     "freeze": (frozen_without_us, "Couldn't find method: '_recompute_normed'", ""),
 }
 
@@ -571,11 +610,45 @@ IN_TORCHS_WORDS: dict[str, tuple[Callable[[], Any], str, str]] = {
 @pytest.mark.parametrize(("make", "words", "hint"), IN_TORCHS_WORDS.values(), ids=IN_TORCHS_WORDS)
 def test_pin_the_limits_quote_what_torchscript_says(make: Callable[[], Any], words: str, hint: str) -> None:
     """And where torch shows lines of ours, they name the way out. If this fails, quote the new words in the limits."""
-    with pytest.raises((RuntimeError, torch.jit.frontend.NotSupportedError)) as raised:
+    with pytest.raises((RuntimeError, ValueError, torch.jit.frontend.NotSupportedError)) as raised:
         torch.jit.script(make())
     assert words in str(raised.value)
     assert hint in str(raised.value)
     assert f"`{words}`" in Path(__file__).parents[1].joinpath("README.md").read_text()
+
+
+class OfAnother(nn.Module):
+    """A norm object, and a layer that it was not applied to."""
+
+    def __init__(self, wn: Any, fc: nn.Module) -> None:
+        super().__init__()
+        self.wn = wn
+        self.fc = fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wn.recompute(self.fc)
+        return self.fc(x)
+
+
+RUN: dict[str, Callable[[Any, Tensor], Any]] = {
+    "eager": lambda model, x: model(x),
+    "script": lambda model, x: torch.jit.script(model)(x),
+    "our script": lambda model, x: explicit_wn.script(model)(x),
+    "frozen": lambda model, x: torch.jit.freeze(explicit_wn.script(model.eval()))(x),
+    "traced": lambda model, x: torch.jit.trace(nn.Sequential(torch.jit.script(model)), x)(x),
+}
+
+
+@pytest.mark.parametrize("run", RUN.values(), ids=RUN)
+@pytest.mark.parametrize("others", [(SpectralNorm(warmup=0),), (WeightNorm("bias"), SpectralNorm(warmup=0))], ids=len)
+def test_an_object_that_was_applied_to_something_else_is_refused(run: Callable[..., Any], others: Any) -> None:
+    layer = nn.Linear(3, 3)
+    for norm in others:
+        norm.apply(layer)
+    carried = ", ".join(repr(norm) for _, _, norm in explicit_wn.normed(layer))
+    says = rf"this Linear: .*was not called for it, or remove ended it; this module carries {re.escape(carried)}\."
+    with pytest.raises((ValueError, torch.jit.Error), match=says):
+        run(OfAnother(WeightNorm(), layer), torch.ones(1, 3))
 
 
 def test_pin_freeze_alone_cannot_follow_a_call_through_an_interface() -> None:

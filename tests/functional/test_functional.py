@@ -258,6 +258,18 @@ def test_a_dim_that_is_none_of_the_weight_s_is_said_to_be(shape: tuple[int, ...]
         weight_norm(torch.ones(shape), torch.ones(shape), dim, eps)
 
 
+@pytest.mark.parametrize("function", [norm_except_dim, functional.unit_norm, functional.renorm, functional.force_norm])
+def test_every_function_reports_the_dim_that_was_given(function: Any) -> None:
+    for dim in -7, 5:
+        with pytest.raises(IndexError, match=re.escape(f"dim={dim} is out of range for a weight of the shape [3, 4]")):
+            function(torch.ones(3, 4), dim=dim)
+    for other in 1.0, "out":
+        with pytest.raises(TypeError, match=re.escape(f"dim is an int or None, not {other}")):
+            function(torch.ones(3, 4), dim=other)
+    with pytest.raises(TypeError, match=re.escape("dim is an int or None, not 1.0")):
+        weight_norm(torch.ones(3, 4), torch.ones(3, 1), 1.0)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dim", [0, 1, None])
 def test_eps_is_the_smallest_norm_that_is_divided_by(dim: int | None) -> None:
     v = torch.tensor([[1.0, 2.0, 0.1], [0.1, 0.2, 0.2], [0.0, 0.0, 0.0]], dtype=torch.float64)

@@ -1,5 +1,7 @@
 """`check` finds what is wrong with a model, each thing in the form in which people make it, and nothing else."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +9,17 @@ import torch
 from layers import Net
 from torch import nn
 
-from explicit_wn import LostWriteWarning, SpectralNorm, WeightNorm, apply_all, check, report
+from explicit_wn import (
+    LostWriteWarning,
+    SpectralNorm,
+    WeightNorm,
+    apply_all,
+    cached,
+    check,
+    fold,
+    recompute_all,
+    report,
+)
 
 
 def found(model: nn.Module, optimizer: Any = None) -> list[tuple[str, str]]:
@@ -113,3 +125,33 @@ def test_what_is_no_model_is_refused(model: Any) -> None:
 def test_what_is_no_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match="check wants an optimizer second, with param_groups, and got a list"):
         check(nn.Linear(2, 2), [])  # type: ignore[arg-type]
+
+
+def with_a_wrong_g(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2), norm(nn.Linear(20, 40)), WeightNorm().inline(nn.Linear(2, 2)))
+    model[1].weight_g = nn.Parameter(torch.rand(1, 20))
+    return model
+
+
+WRONG_G = "a weight of the shape [40, 20] with dim=0 wants a g of the shape [40, 1], not [1, 20]"
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [WeightNorm().inline, WeightNorm().apply, torch.nn.utils.weight_norm])
+def test_a_g_of_another_shape_is_found_and_the_rest_is_shown(norm: Any) -> None:
+    model = with_a_wrong_g(norm)
+    (finding,) = check(model).rows
+    assert (finding.name, finding.problem) == ("1.weight", "broken")
+    assert WRONG_G in finding.way_out
+    states = {row.name: row.state for row in report(model).rows if row.norm}
+    assert states == {"1.weight": "broken", "2.weight": "fresh"}
+    says = "cannot convert '1.weight' of this Linear" if norm is torch.nn.utils.weight_norm else "1: WeightNorm"
+    with pytest.raises(ValueError, match=f"^{says}.*{re.escape(WRONG_G)}"):
+        fold(model)
+
+
+def test_a_g_of_another_shape_is_named_by_its_path() -> None:
+    model = with_a_wrong_g(WeightNorm().apply)
+    for compute in recompute_all, lambda model: cached(model).__enter__():
+        with pytest.raises(ValueError, match=rf"^1: WeightNorm.*: {re.escape(WRONG_G)}"):
+            compute(model)

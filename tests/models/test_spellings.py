@@ -851,6 +851,18 @@ class ByHand(nn.Module):
         return nn.functional.linear(x, self.kernel_g[:, None] * nn.functional.normalize(self.kernel_v, dim=1))
 
 
+class Named(nn.Module):
+    """What is called as the parts of a weight are, whatever its shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(7, 2))
+        self.weight_v = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 FOREIGN: dict[str, tuple[Callable[[], nn.Module], str, str, str, str]] = {
     "an object that is held": (
         lambda: HeldNorm("weight").apply(nn.Linear(4, 4)), "weight", "Linear", "WeightNorm", "weight_g, weight_v"
@@ -867,6 +879,7 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], str, str, str, str]] = {
     "a wrapper that holds": (
         lambda: HoldingWrapper(nn.Linear(4, 4)), "w_bar", "HoldingWrapper", "SpectralNorm", "u, v, w_bar"
     ),
+    "by its names alone": (Named, "weight", "Named", "WeightNorm", "weight_g, weight_v"),
     "by hand": (ByHand, "kernel", "ByHand", "WeightNorm", "kernel_g, kernel_v"),
 }  # fmt: skip
 foreign = pytest.mark.parametrize(("make", "name", "module", "kind", "parts"), FOREIGN.values(), ids=FOREIGN.keys())
@@ -893,7 +906,7 @@ def test_convert_names_the_norms_of_other_projects_in_one_warning_and_goes_on(no
     model = nn.Sequential(norm(nn.Linear(4, 4)), *(make() for make, *_ in FOREIGN.values()), norm(nn.Linear(4, 4)))
     left = nn.Sequential(*model[1:-1])
     with unchanged(left), pytest.warns(UserWarning, match="convert leaves alone what looks like") as warned:
-        assert convert(model) == ["0.weight", "8.weight"]
+        assert convert(model) == ["0.weight", "9.weight"]
     (warning,) = warned
     assert warning.filename == __file__
     for index, (_, name, module, kind, parts) in enumerate(FOREIGN.values(), 1):

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from layers import change_parts
@@ -208,7 +209,9 @@ def test_where_that_chooses_what_has_no_weight_is_refused_and_nothing_is_normed(
 
 NO_WHERE: list[tuple[Any, str]] = [
     (["0"], "for names write where=lambda name, module: name in ['0']"),
-    (("0", "2"), "for names write where=lambda name, module: name in ('0', '2')"),
+    (("0", "2"), "for names write where=lambda name, module: name in ['0', '2']"),
+    *((names, "name in ['0']") for names in (np.array(["0"]), frozenset(["0"]), {"0": 1}, {"0": 1}.keys())),
+    (np.array([1]), "not array([1])."),
     ("0", "for names write where=lambda name, module: name in ['0']"),
     (("0", nn.Linear), "not ('0', <class"),
     ((nn.Linear, nn.Linear(2, 2)), "not (<class"),
@@ -222,7 +225,7 @@ NO_WHERE: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("where", "says"), NO_WHERE, ids=str)
 def test_what_where_cannot_be_is_refused_and_nothing_is_normed(where: Any, says: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
-    with pytest.raises(ValueError if where == () else TypeError) as raised:
+    with pytest.raises(ValueError if isinstance(where, tuple) and not where else TypeError) as raised:
         apply_all(model, WeightNorm(), where=where)
     assert "where is a module class, a tuple of them, or a function that is asked" in str(raised.value)
     assert str(raised.value).endswith(".")
@@ -590,12 +593,20 @@ VERBS = {
     "report": explicit_wn.report,
     "recompute_all": explicit_wn.recompute_all,
     "cached": lambda model: explicit_wn.cached(model).__enter__(),
+    "check": explicit_wn.check,
+    "assign_all": lambda model: explicit_wn.assign_all(model, print),
+    "normed": lambda model: list(explicit_wn.normed(model)),
+    "steps": explicit_wn.steps,
+    "record": lambda model: explicit_wn.record(model).__enter__(),
+    "data_dependent_init": explicit_wn.data_dependent_init,
+    "detect_stale": lambda model: explicit_wn.detect_stale(model).__enter__(),
 }
 
 
 WRONG: dict[str, Callable[[], Any]] = {
     "a norm": WeightNorm,
     "a str": lambda: "model",
+    "an int": lambda: 3,
     "a script": lambda: torch.jit.script(nn.Linear(2, 2)),
 }
 REFUSED = [(verb, wrong) for verb in VERBS for wrong in WRONG if (verb, wrong) != ("report", "a script")]
@@ -603,8 +614,8 @@ REFUSED = [(verb, wrong) for verb in VERBS for wrong in WRONG if (verb, wrong) !
 
 @pytest.mark.parametrize(("verb", "wrong"), REFUSED)
 def test_what_is_no_model_is_refused(verb: str, wrong: str) -> None:
-    got = {"a norm": r"the norm WeightNorm\('weight', dim=0\)", "a str": "a str", "a script": "a RecursiveScriptModule"}
-    says = f"{verb} wants the model first, an nn.Module in eager mode, and got {got[wrong]}"
+    got = {"a norm": r"the norm WeightNorm\('weight', dim=0\)", "a script": "a RecursiveScriptModule"}
+    says = f"{verb} wants the model first, an nn.Module in eager mode, and got {got.get(wrong, wrong)}"
     with pytest.raises(TypeError, match=says):
         VERBS[verb](WRONG[wrong]())
 

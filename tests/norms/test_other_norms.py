@@ -1,10 +1,12 @@
 """The norms beside WeightNorm and SpectralNorm: their numbers, gradients, verbs, and what renorms v."""
 
 import copy
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from layers import holding
@@ -13,7 +15,16 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 import explicit_wn
-from explicit_wn import ForcedWeightNorm, ScaledWeightNorm, SigmaReparam, UnitNorm, WeightStandardization, functional
+from explicit_wn import (
+    ForcedWeightNorm,
+    ScaledWeightNorm,
+    SigmaReparam,
+    SpectralNorm,
+    UnitNorm,
+    WeightNorm,
+    WeightStandardization,
+    functional,
+)
 
 each_norm = pytest.mark.parametrize("norm", OTHERS.values(), ids=OTHERS)
 RENORMED = {name: OTHERS[name] for name in ("ForcedWeightNorm", "UnitNorm")}
@@ -175,6 +186,57 @@ def test_the_numbers_of_torchdeq(settings: dict[str, Any], weight: list[float], 
     torch.testing.assert_close(layer.weight.detach().flatten(), torch.tensor(weight))
     (layer.weight * torch.arange(1.0, 7.0).view(3, 2)).sum().backward()
     torch.testing.assert_close(layer.weight_v.grad.flatten(), torch.tensor(gradient), rtol=1e-5, atol=1e-5)
+
+
+STATES_OF_TORCHDEQ: dict[str, tuple[nn.Module, tuple[int, int], dict[str, tuple[int, ...]], Any, str]] = {
+    "spectral, trained scale": (
+        nn.Linear(4, 8),
+        (48, 40),
+        {"bias": (8,), "weight_orig": (8, 4), "weight_g": (8, 1), "weight_u": (8,), "weight_v": (4,)},
+        SpectralNorm(),
+        'Unexpected key(s) in state_dict: "weight_g"',
+    ),
+    "spectral": (
+        nn.Linear(4, 8),
+        (40, 40),
+        {"bias": (8,), "weight_orig": (8, 4), "weight_u": (8,), "weight_v": (4,)},
+        SpectralNorm(),
+        "",
+    ),
+    "transposed, by its input": (
+        nn.ConvTranspose1d(3, 2, 2),
+        (16, 17),
+        {"bias": (2,), "weight_g": (1, 2, 1), "weight_v": (3, 2, 2)},
+        WeightNorm(),
+        "size mismatch for weight_g: copying a param with shape torch.Size([1, 2, 1])",
+    ),
+    "transposed": (
+        nn.ConvTranspose1d(3, 2, 2),
+        (16, 16),
+        {"bias": (2,), "weight_g": (1, 2, 1), "weight_v": (3, 2, 2)},
+        WeightNorm(dim="out"),
+        "",
+    ),
+}
+"""A layer, how many numbers torchdeq 0.1.0 trains in it, and we; its checkpoint there; a norm, and what that says."""
+
+
+@pytest.mark.parametrize(
+    ("layer", "trained", "shapes", "norm", "says"), STATES_OF_TORCHDEQ.values(), ids=STATES_OF_TORCHDEQ
+)
+def test_the_checkpoints_of_torchdeq_load_or_say_what_does_not_fit(
+    layer: nn.Module, trained: tuple[int, int], shapes: dict[str, tuple[int, ...]], norm: Any, says: str
+) -> None:
+    """The rows of MIGRATION's table, where torchdeq is not installed."""
+    layer, state = norm.inline(copy.deepcopy(layer)), {name: torch.ones(shape) for name, shape in shapes.items()}
+    there = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name not in dict(layer.named_buffers()))
+    assert (there, sum(parameter.numel() for parameter in layer.parameters())) == trained
+    if says:
+        with pytest.raises(RuntimeError, match=re.escape(says)):
+            layer.load_state_dict(state)
+    else:
+        layer.load_state_dict(state)
+        assert {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()} == shapes
 
 
 # The verbs
@@ -362,28 +424,48 @@ def test_standardized_without_a_gain_is_the_form_of_the_first_paper() -> None:
     torch.testing.assert_close(conv.weight.mean((1, 2)), torch.zeros(3), atol=1e-6, rtol=0)
 
 
-# What is refused
-
-
+@pytest.mark.parametrize("scripted", [False, True], ids=["eager", "scripted"])
 @pytest.mark.parametrize(
-    ("make", "error", "match"),
+    ("function", "arguments", "says"),
     [
-        (lambda: ForcedWeightNorm(gain=0), ValueError, r"ForcedWeightNorm\(gain=0\): gain is a finite number above 0"),
-        (lambda: ForcedWeightNorm(gain="a"), TypeError, r"gain is a finite number above 0"),
-        (
-            lambda: ScaledWeightNorm(clip=-1),
-            ValueError,
-            r"ScaledWeightNorm\(clip=-1\): clip is a finite number above 0",
-        ),
-        (lambda: ScaledWeightNorm(target_norm=float("inf")), ValueError, "target_norm is a finite number above 0"),
-        (lambda: ScaledWeightNorm(learn_scale=1), TypeError, "learn_scale is True or False"),
-        (lambda: UnitNorm(eps=-1), ValueError, "eps is a finite float from 0 up"),
-        (lambda: WeightStandardization(dim="whole"), TypeError, 'dim is an int, "out" or None'),
+        (functional.scaled_weight_norm, ((1, 4), 0, 0.0, 0.5), "[3, 4] with dim=0 wants a g of the shape [3, 1]"),
+        (functional.scaled_weight_norm, ((1, 1), 0, 0.0, 0.5), "wants a g of the shape [3, 1], not [1, 1]"),
+        (functional.weight_standardization, ((1, 3),), "wants a gain of the shape [3, 1], not [1, 3]"),
+        (functional.spectral_norm, ((4,), (3,)), "wants a u and a v of its lengths, not of the shapes [4]"),
+        (functional.power_iteration, ((3,), (3,)), "not of the shapes [3] and [3]"),
+        (functional.sigma_reparam, ((3, 1), (3,), (4,)), "wants a g of one number, not of the shape [3, 1]"),
+        (functional.sigma_reparam, ((1,), (3,), (1, 4)), "not of the shapes [3] and [1, 4]"),
     ],
 )
-def test_a_setting_that_is_none_is_refused(make: Callable[[], Any], error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        make()
+def test_the_functions_refuse_parts_that_do_not_belong_together(
+    function: Any, arguments: tuple[Any, ...], says: str, scripted: bool
+) -> None:
+    given = [torch.rand(one) if isinstance(one, tuple) else one for one in arguments]
+    with pytest.raises((ValueError, torch.jit.Error), match=re.escape(says)):
+        (torch.jit.script(function) if scripted else function)(torch.rand(3, 4), *given)
+
+
+@pytest.mark.parametrize("given", [1, np.float64(1)], ids=["int", "float64"])
+def test_a_number_is_a_float_wherever_it_comes_from(given: Any) -> None:
+    for norm in ScaledWeightNorm(clip=given), ScaledWeightNorm(target_norm=given), ForcedWeightNorm(gain=given):
+        layer = norm.inline(nn.Linear(2, 3))
+        torch.testing.assert_close(torch.jit.script(layer).eval()(torch.ones(1, 2)), layer.eval()(torch.ones(1, 2)))
+
+
+@pytest.mark.filterwarnings("ignore:std.*degrees of freedom")
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+@each_norm
+def test_an_empty_weight_is_empty_and_a_matrix_of_it_is_refused(norm: ByHand, shape: tuple[int, ...]) -> None:
+    module = holding(torch.randn(shape))
+    if "orig" in norm.parts:
+        with pytest.raises(ValueError, match="it is empty"):
+            norm.make().apply(module)
+        return
+    norm.make().apply(module)
+    assert next(explicit_wn.normed(module))[2].call(module).weight.shape == shape  # type: ignore[union-attr]
+
+
+# What is refused
 
 
 @pytest.mark.parametrize("kind", ["ScaledWeightNorm", "ForcedWeightNorm", "UnitNorm", "WeightStandardization"])

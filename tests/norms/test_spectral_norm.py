@@ -429,10 +429,11 @@ def test_a_warmed_up_layer_starts_with_a_good_sigma() -> None:
     [
         (nn.Linear(36, 36, bias=False), torch.ones(1, 36), 1.0),
         (nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular", bias=False), torch.ones(1, 1, 6, 6), 3.0),
+        (nn.Conv1d(1, 1, 1, padding=2, padding_mode="replicate", bias=False), torch.eye(1, 3)[None], 3**0.5),
     ],
-    ids=["Linear", "Conv2d"],
+    ids=["Linear", "Conv2d", "a padding that repeats"],
 )
-def test_a_linear_stretches_nothing_and_a_convolution_up_to_the_root_of_its_positions(
+def test_a_linear_stretches_nothing_and_a_convolution_up_to_the_root_of_its_positions_but_for_padding(
     layer: nn.Module, signal: Tensor, stretched: float
 ) -> None:
     """As the docstring says; of all kernels of ones the constant signal is stretched most."""

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from whole_models import first_and_last_visits, lines_run
 
-from explicit_wn import SpectralNorm, WeightNorm, settings
+from explicit_wn import (
+    ForcedWeightNorm,
+    ScaledWeightNorm,
+    SigmaReparam,
+    SpectralNorm,
+    UnitNorm,
+    WeightNorm,
+    WeightStandardization,
+    convert,
+    settings,
+)
 from explicit_wn.reparametrization import Reparametrization
 
 
@@ -145,12 +155,14 @@ NAMES: dict[str, Case] = {
 }
 DIMS: dict[str, Case] = {
     "too large": case(linear, "dim=2", "2 dimensions", 'from 0 to 1, or "whole"', dim=2),
-    "too large in R": case(linear, "dim=4", "from_r counts from 1", "calls it 5", norm=WeightNorm.from_r("weight", 5)),
+    "too large in R": case(linear, "dim=5", 'from 1 to 2, or "whole" (as R', norm=WeightNorm.from_r("weight", 5)),
+    "too large in R's clone": case(linear, "dim=5", "from 1 to 2", norm=WeightNorm.from_r("weight", 5).clone()),
+    "too large for a norm of R's": case(linear, "dim=4", "from 0 to 1", norm=WeightNorm.from_r("weight", 1), dim=4),
     "too small": case(linear, "dim=-3", "2 dimensions", 'from 0 to 1, or "whole"', dim=-3),
     "too large for a bias": case(linear, "'bias'", "dim=1", 'from 0 to 0, or "whole"', name="bias", dim=1),
     "-1": case(linear, "dim=-1", "whole tensor", 'dim="whole"', KEEP_LAST, dim=-1),
     "-1 of a bias": case(linear, "dim=-1", "dim=0 to keep the last dimension", name="bias", dim=-1),
-    "-1 of the object": case(linear, "dim=-1", "whole tensor", 'dim="whole"', KEEP_LAST, norm=WeightNorm(dim=-1)),
+    "-1 of the object": case(linear, "dim=-1", "whole tensor", 'dim="whole"', KEEP_LAST, norm=changed(dim=-1)),
     "True": case(linear, "not True", 'an int, "out", "whole" or None', dim=True, error=TypeError),
     "False": case(linear, "not False", 'an int, "out", "whole" or None', norm=changed(dim=False), error=TypeError),
     "float": case(linear, "not 0.0", 'an int, "out", "whole" or None', dim=0.0, error=TypeError),
@@ -260,7 +272,8 @@ def test_a_name_that_is_no_identifier_is_refused(name: str) -> None:
 )
 @pytest.mark.parametrize("verb", ["apply", "inline", "recompute", "call", "__call__", "remove", "compute_weight"])
 def test_what_is_no_module_is_refused(verb: str, value: Any) -> None:
-    kind = "the class Linear" if value is nn.Linear else f"a {type(value).__name__}"
+    article = "an" if isinstance(value, int) or type(value) is object else "a"
+    kind = "the class Linear" if value is nn.Linear else f" {article} {type(value).__name__}"
     with pytest.raises(TypeError) as raised:
         getattr(WeightNorm(), verb)(value)
     for text in ("WeightNorm('weight', dim=0)", "'weight'", kind, "nn.Module"):
@@ -274,6 +287,7 @@ def test_a_scripted_module_is_refused() -> None:
             getattr(WeightNorm(), verb)(scripted)
 
 
+NOT_CALLED = "WeightNorm.apply(module) was not called for it, or remove ended it; this module carries"
 VERBS: dict[str, Callable[[WeightNorm, nn.Module], Any]] = {
     "recompute": lambda wn, module: wn.recompute(module),
     "call": lambda wn, module: wn.call(module),
@@ -288,23 +302,28 @@ VERBS: dict[str, Callable[[WeightNorm, nn.Module], Any]] = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    ("make", "carries"),
+    ("make", "says"),
     [
-        (linear, "no norm"),
-        (hooked, "no norm"),
-        (lambda: parametrizations.weight_norm(nn.Linear(3, 2)), "no norm"),
-        (normed_bias, "WeightNorm('bias', dim=0)"),
-        (lambda: SpectralNorm().apply(nn.Linear(3, 2)), "SpectralNorm('weight'"),
+        (linear, f"{NOT_CALLED} no norm"),
+        (hooked, "torch's hook norms it; explicit_wn.convert(model) makes that ours, and fold(model) ends it"),
+        (lambda: torch.nn.utils.spectral_norm(nn.Linear(3, 2)), "torch's hook norms it; explicit_wn.convert(model)"),
+        (lambda: parametrizations.weight_norm(nn.Linear(3, 2)), "it is parametrized; where torch's norm does"),
+        (lambda: parametrizations.spectral_norm(nn.Linear(3, 2)), "convert(model) makes it ours, and fold ends it"),
+        (normed_bias, f"{NOT_CALLED} WeightNorm('bias', dim=0)"),
+        (lambda: SpectralNorm().apply(nn.Linear(3, 2)), f"{NOT_CALLED} SpectralNorm('weight'"),
     ],
-    ids=["plain", "hook", "parametrization", "another name", "another norm"],
+    ids=["plain", "hook", "spectral", "parametrization", "parametrized spectral", "another name", "another norm"],
 )
-@pytest.mark.parametrize("act", VERBS.values(), ids=VERBS)
+@pytest.mark.parametrize(("verb", "act"), VERBS.items(), ids=VERBS)
 def test_verbs_on_what_is_not_normed_say_what_it_carries(
-    act: Callable[[WeightNorm, nn.Module], Any], make: Callable[[], nn.Module], carries: str
+    verb: str, act: Callable[[WeightNorm, nn.Module], Any], make: Callable[[], nn.Module], says: str
 ) -> None:
     module, wn = make(), WeightNorm()
-    says = (repr(wn), "'weight' of this", "Linear:", "WeightNorm.apply(module) was not called", carries)
-    refused(lambda: act(wn, module), module, *says)
+    called = {"call": "recompute", "__call__": "recompute", "compute_weight": "compute"}
+    verb = verb.removesuffix(" by name")
+    refused(
+        lambda: act(wn, module), module, f"{wn!r} cannot {called.get(verb, verb)} 'weight' of this", "Linear:", says
+    )
 
 
 def test_the_smallest_eps_of_single_precision_is_one() -> None:
@@ -335,30 +354,46 @@ class Short(Reparametrization):
     formula = staticmethod(lambda v, times: times * v)
 
 
-ALL = WeightNorm, SpectralNorm, Short
+OF_SLICES = WeightNorm, ScaledWeightNorm, ForcedWeightNorm, UnitNorm
+OF_OUTPUTS = SpectralNorm, SigmaReparam, WeightStandardization
+FROM_0 = *OF_SLICES, WeightStandardization
+ALL = *OF_SLICES, *OF_OUTPUTS, Short
 NO_DIMS = [1.5, 0.0, True, "in", "", (0,), np.int64(1), torch.tensor(0)]
 NORMS_AND_BAD: dict[str, tuple[tuple[Any, ...], list[Any], str, type[Exception]]] = {
     "name": (ALL, [3, None, b"weight", ["weight"], True], "name is a str, the name of a parameter", TypeError),
     "name, odd": (ALL, ["", "a b", "class", "1st", "it's"], "is no Python identifier; register it under", ValueError),
     "name, taken": (
         ALL,
-        ["forward", "__len__", "_normed", "_recompute_normed", "ﬁ"],
+        ["forward", "__len__", "_normed", "_recompute_normed", "ﬁ", "training", "_parameters", "_modules", "_buffers"],
         "needs that name itself",
         ValueError,
     ),
     "name, dotted": (ALL, ["fc.weight"], "('weight').apply(model.fc)", ValueError),
-    "dim": ((WeightNorm, Short), NO_DIMS, 'dim is an int, "out", "whole" or None', TypeError),
-    "dim, of a matrix": ((SpectralNorm,), [*NO_DIMS, "whole"], 'dim is an int, "out" or None', TypeError),
-    "eps": ((WeightNorm,), [-1, -1e-12, float("nan"), float("inf")], "eps is a finite float from 0 up", ValueError),
-    "eps, type": ((WeightNorm,), ["a", True, None, np.float32(1)], "eps is a finite float from 0 up", TypeError),
+    "dim": ((*OF_SLICES, Short), NO_DIMS, 'dim is an int, "out", "whole" or None', TypeError),
+    "dim, ambiguous": (OF_SLICES, [-1], 'last dimension to most readers; say dim="whole" for one norm', ValueError),
+    "dim, of a matrix": (OF_OUTPUTS, [*NO_DIMS, "whole"], 'dim is an int, "out" or None', TypeError),
+    "eps": (FROM_0, [-1, -1e-12, float("nan"), float("inf")], "eps is a finite float from 0 up", ValueError),
+    "eps, type": (FROM_0, ["a", True, None, np.float32(1)], "eps is a finite float from 0 up", TypeError),
     "eps, above": (
-        (SpectralNorm,),
+        (SpectralNorm, SigmaReparam),
         [0, 0.0, -1, float("nan"), float("inf")],
         "eps is a finite float above 0",
         ValueError,
     ),
-    "eps, above, type": ((SpectralNorm,), ["a", True, None], "eps is a finite float above 0", TypeError),
-    "eps, tiny": ((WeightNorm, SpectralNorm), [1e-40], "eps is 0 in single precision; take a larger", ValueError),
+    "eps, above, type": ((SpectralNorm, SigmaReparam), ["a", True, None], "eps is a finite float above 0", TypeError),
+    "eps, tiny": (ALL[:-1], [1e-40], "eps is 0 in single precision; take a larger", ValueError),
+    "eps, large": (ALL[:-1], [10**400, 1e300], "eps is infinite in single precision; take a smaller", ValueError),
+    "gain": ((ForcedWeightNorm,), [0, -1, float("inf")], "gain is a finite number above 0", ValueError),
+    "gain, type": ((ForcedWeightNorm,), ["a", True, None], "gain is a finite number above 0", TypeError),
+    "gain, tiny": ((ForcedWeightNorm,), [1e-60], "gain is 0 in single precision; take a larger", ValueError),
+    "gain, large": ((ForcedWeightNorm,), [1e60, 10**400], "gain is infinite in single precision", ValueError),
+    "clip": ((ScaledWeightNorm,), [0, -1, float("nan")], "clip is a finite number above 0", ValueError),
+    "clip, tiny": ((ScaledWeightNorm,), [1e-60], "clip is 0 in single precision", ValueError),
+    "clip, large": ((ScaledWeightNorm,), [1e60], "clip is infinite in single precision", ValueError),
+    "target_norm": ((ScaledWeightNorm,), [float("inf"), -2], "target_norm is a finite number above 0", ValueError),
+    "target_norm, tiny": ((ScaledWeightNorm,), [1e-60], "target_norm is 0 in single precision", ValueError),
+    "target_norm, large": ((ScaledWeightNorm,), [1e60], "target_norm is infinite in single precision", ValueError),
+    "learn_scale": ((ScaledWeightNorm,), [1, None], "learn_scale is True or False", TypeError),
     "n_power_iterations": ((SpectralNorm,), [0, -3], "n_power_iterations is an int from 1 up", ValueError),
     "n_power_iterations, type": ((SpectralNorm,), [1.0, True, "1", None], "n_power_iterations is an int", TypeError),
     "warmup": ((SpectralNorm,), [-1], "warmup is an int from 0 up", ValueError),
@@ -445,6 +480,16 @@ def test_a_name_that_is_not_normed_is_refused_on_a_normed_module(verb: str) -> N
         )
 
 
+@pytest.mark.parametrize("verb", ["remove", "compute_weight", "assign"])
+@pytest.mark.parametrize("make", [linear, lambda: WeightNorm().apply(nn.Linear(3, 2)), lambda: nn.Sequential(linear())])
+def test_a_name_that_is_none_is_said_to_be(make: Callable[[], nn.Module], verb: str) -> None:
+    module, arguments = make(), (torch.ones(2),) if verb == "assign" else ()
+    says = "cannot " + verb.removesuffix("_weight")
+    act = functools.partial(getattr(WeightNorm(), verb), module, *arguments)
+    refused(lambda: act(name="nothing"), module, f"{says} 'nothing'", "it has no such parameter; its parameters are ")
+    refused(lambda: act(name=3), module, f"{says} 3 of", "a parameter's name is a str", error=TypeError)
+
+
 def test_an_object_applied_to_several_names_asks_which() -> None:
     wn, module = WeightNorm("weight_ih_l0"), nn.LSTM(2, 3)
     wn.apply(module, name="weight_hh_l0")
@@ -503,6 +548,20 @@ def test_inline_refuses_a_forward_replaced_on_the_instance() -> None:
     module = nn.Linear(3, 2)
     module.forward = lambda x: x  # type: ignore[method-assign]
     refused(lambda: WeightNorm().inline(module), module, "inline 'weight' of this Linear", "replaced", "use apply")
+
+
+class WithAStaticForward(nn.Linear):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * x
+
+
+def test_inline_and_convert_refuse_a_forward_that_is_a_staticmethod() -> None:
+    module = WithAStaticForward(3, 2)
+    refused(lambda: WeightNorm().inline(module), module, "inline 'weight' of this", "a staticmethod", "use apply")
+    torch.testing.assert_close(WeightNorm().apply(module)(torch.ones(3)), torch.full((3,), 2.0))
+    theirs = parametrizations.weight_norm(WithAStaticForward(3, 2))
+    refused(lambda: convert(theirs), theirs, "cannot convert 'weight' of this", "a staticmethod", "use apply")
 
 
 class Registered(nn.Linear):
