@@ -234,11 +234,15 @@ from executorch.runtime import Runtime
 forward = Runtime.get().load_program(file).load_method("forward")
 run = lambda signal: forward.execute([signal])[0].clone()
 """
+AOTINDUCTOR = """
+import torch._inductor.codecache  # torch 2.10 looks for it there
+run = torch._inductor.aoti_load_package(file)
+"""
 RUNNERS = {
     "TorchScript file": "run = torch.jit.load(file)",
     "TorchScript file, frozen": "run = torch.jit.load(file)",
     "torch.export file": "run = torch.export.load(file).module()",
-    "AOTInductor package": "run = torch._inductor.aoti_load_package(file)",
+    "AOTInductor package": AOTINDUCTOR,
     "ONNX Runtime": ONNX,
     "ONNX Runtime, TorchScript": ONNX,
     "OpenVINO, torch.export": OPENVINO,
