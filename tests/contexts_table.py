@@ -107,6 +107,11 @@ def expected(state: dict[str, Any], x: Tensor, norm: ByHand) -> Tensor:
     return plain(x)
 
 
+def close(answer: Tensor, right: Tensor) -> None:
+    """A weight that is out of date is off by a tenth and more."""
+    torch.testing.assert_close(answer, right, rtol=1e-4, atol=1e-4)
+
+
 def change_parts(state: dict[str, Any], norm: ByHand) -> None:
     """Changes what is trained, and a fixed g; the vectors of an iteration have the length 1 and stay."""
     with torch.no_grad():
@@ -139,7 +144,7 @@ def through_functional_call(model: nn.Module, x: Tensor, norm: ByHand) -> Any:
     others = {name: value.detach().clone() for name, value in model.state_dict().items()}
     change_parts(others, norm)
     answer = torch.func.functional_call(model, others, (x,))
-    torch.testing.assert_close(answer, expected(others, x, norm))
+    close(answer, expected(others, x, norm))
     return model
 
 
@@ -196,11 +201,11 @@ def answers_rightly(make: Model, context: Context, x: Tensor, norm: ByHand) -> N
     own = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
     answer = result(x)
     advanced = {name: value for name, value in own.items() if name.endswith(("_u", "_v")) and value.dim() == 1}
-    torch.testing.assert_close(answer, expected(model.state_dict() | advanced, x, norm))
+    close(answer, expected(model.state_dict() | advanced, x, norm))
     if parts(own, norm):
         change_parts(own, norm)
         answer = result(x)
-        torch.testing.assert_close(answer, expected(own, x, norm))
+        close(answer, expected(own, x, norm))
 
 
 def outcome(make: Model, context: Context, x: Tensor, norm: ByHand, warning: Literal["error", "ignore"]) -> str:
@@ -257,6 +262,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where the models and their inputs are")
     chosen = parser.parse_args()
     torch.set_default_device(chosen.device)
+    torch.manual_seed(0)
     x, sequence = torch.randn(3, 6), torch.randn(3, 2, 6)
     alike = ["eager", "activation checkpointing", "`functional_call`", "`vmap(grad)`", "`torch.fx.symbolic_trace`"]
     some = {name: context for name, context in CONTEXTS.items() if name not in alike}

@@ -116,7 +116,7 @@ class Recipe:
         takes = inspect.signature(function).parameters
         options = {key: value for key, value in self.settings if key in takes and key not in self.parts}
         for key, value in options.items():  # TorchScript takes no int for a float
-            if isinstance(value, int) and "float" in str(takes[key].annotation):
+            if type(value) is int and "float" in (wanted := str(takes[key].annotation)) and "int" not in wanted:
                 options[key] = float(value)
         return options
 

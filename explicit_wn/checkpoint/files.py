@@ -119,11 +119,13 @@ def _write_safetensors(content: Mapping[str, InFile], groups: Groups, files: lis
 def _load(path: Path) -> Any:
     """What a file of torch's holds, mapped into memory; the files of before torch 1.6 cannot be mapped."""
     with path.open("rb") as file:
-        mapped = file.read(2) == b"PK"
+        head = file.read(2)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=head == b"PK")
+    except (pickle.UnpicklingError, KeyError):
         why = "it holds more than tensors and plain values; load it where its classes are, and save its state_dict()"
+        if head[:1] not in (b"P", b"\x80"):
+            why = "torch.save did not write it"
     except (RuntimeError, EOFError, ValueError) as error:
         why = str(error).partition("\n")[0].rstrip(".") or "it is cut off"
     raise ValueError(f"{path} cannot be read by torch.load with weights_only: {why}.")

@@ -8,7 +8,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..contexts.torchscript import is_scripting, is_tracing, shape_of
+from ..contexts.capture import capturing, is_transformed
+from ..contexts.torchscript import is_scripting, is_traced, is_tracing, shape_of
 
 
 def kept_dim(v: Tensor, dim: int) -> int:
@@ -17,8 +18,9 @@ def kept_dim(v: Tensor, dim: int) -> int:
         if isinstance(dim, (float, str)):
             raise TypeError(f"dim is an int or None, not {dim}")
     kept = dim + v.dim() if dim < 0 else dim
-    if isinstance(v, Tensor) and (kept < 0 or kept >= v.dim()):
-        raise IndexError(f"dim={dim} is out of range for a weight of the shape {_shape(v)}")
+    if not is_scripting():  # noqa: SIM102
+        if isinstance(v, Tensor) and (kept < 0 or kept >= v.dim()):
+            raise IndexError(f"dim={dim} is out of range for a weight of the shape {_shape(v)}")
     return kept
 
 
@@ -29,6 +31,9 @@ def fitting(v: Tensor, g: Tensor, dim: Optional[int], part: str = "g") -> Tensor
     """
     if not isinstance(v, Tensor):  # a proxy of torch.fx
         return g
+    if not is_scripting():  # noqa: SIM102
+        if not capturing() and not is_traced() and _fits(v, g, dim):
+            return g
     of_v, of_g = _shape(v), _shape(g)
     wanted = [1] * 0
     if dim is not None and dim != -1:
@@ -57,17 +62,30 @@ def number(weight: Tensor, g: Tensor) -> Tensor:
     return g
 
 
+def _fits(v: Tensor, g: Tensor, dim: Optional[int]) -> bool:
+    """Whether g is the ordinary one, asked in a moment; False where that is to be asked with care."""
+    if type(dim) is not int or not 0 <= dim < v.dim() == g.dim():
+        return False
+    length = g.numel()
+    return length > 0 and g.size(dim) == length == v.size(dim)
+
+
 def check_vectors(matrix: Tensor, u: Tensor, v: Tensor) -> None:
-    """Refuses a `u` that is not a number for each row of `matrix`, and a `v` that is not one for each column."""
-    if isinstance(matrix, Tensor) and _shape(u) + _shape(v) != _shape(matrix):
-        raise ValueError(
-            f"a weight that is the matrix of the shape {_shape(matrix)} wants a u and a v of its lengths, not of the "
-            f"shapes {_shape(u)} and {_shape(v)}"
-        )
+    """Refuses a `u` that is not a number for each row of `matrix`, and a `v` that is not one for each column.
+
+    In a graph torch itself refuses to multiply them, in words of its own.
+    """
+    if not is_scripting():  # noqa: SIM102
+        if not capturing() and isinstance(matrix, Tensor) and not is_traced() and u.shape + v.shape != matrix.shape:
+            raise ValueError(
+                f"a weight that is the matrix of the shape {_shape(matrix)} wants a u and a v of its lengths, not of "
+                f"the shapes {_shape(u)} and {_shape(v)}"
+            )
 
 
 def _is_recorded() -> bool:
-    return is_tracing() or torch.compiler.is_exporting()
+    """Not under vmap, whose tensors have no size that a trace could record."""
+    return (is_tracing() and not is_transformed()) or torch.compiler.is_exporting()
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -158,7 +158,7 @@ def _is_for_middle_dim(v: Tensor, dim: int) -> bool:
     if not is_scripting():  # noqa: SIM102 - TorchScript leaves out a branch, and no half of a condition
         if is_captured(v):
             return v.numel() > 0
-    return v.element_size() > 2 and v.is_contiguous() and (v.numel() >= 4096 or not v.is_cpu)
+    return v.element_size() > 2 and v.is_contiguous() and v.numel() >= (4096 if v.is_cpu else 1)
 
 
 def _in_layout_of(v: Tensor, weight: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def check(model: nn.Module, optimizer: Any = None) -> Findings:
     >>> _ = WeightNorm().inline(model[0])
     >>> check(model, optimizer)
     name        problem               way out
-    ----------  --------------------  ------------------------------------------------------------------
-    0.weight_g  not in the optimizer  make the optimizer after the norms, or use add_param_group with it
+    ----------  --------------------  --------------------------------------------------------------------------
+    0.weight_g  not in the optimizer  optimizer.add_param_group({"params": [model.get_parameter("0.weight_g")]})
 
     ```
     """
@@ -153,5 +153,5 @@ def _tied(model: nn.Module) -> Iterator[Finding]:
 def _not_optimized(model: nn.Module, held: set[int]) -> Iterator[Finding]:
     for name, part in _parts(model):
         if part.requires_grad and id(part) not in held:
-            way_out = "make the optimizer after the norms, or use add_param_group with it"
+            way_out = f'optimizer.add_param_group({{"params": [model.get_parameter("{name}")]}})'
             yield Finding(name, "not in the optimizer", way_out)

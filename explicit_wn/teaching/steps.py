@@ -37,7 +37,10 @@ class Steps(Table):
 
     def __getitem__(self, key: int | str) -> Step:
         if isinstance(key, str):
-            return {step.symbol: step for step in self.records}[key]
+            by_symbol = {step.symbol: step for step in self.records}
+            if key not in by_symbol:
+                raise KeyError(f"no step is called {key!r}; the steps are {', '.join(by_symbol)}")
+            return by_symbol[key]
         return self.records[key]
 
     def __iter__(self) -> Iterator[Step]:

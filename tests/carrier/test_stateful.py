@@ -390,7 +390,7 @@ class Verbs(RuleBasedStateMachine):
         dim = dims[choice % len(dims)]
         owners = [weight.name, *self.kind.names]
         owner_name = owners[owner % len(owners)]
-        norm: Any = WeightNorm(owner_name, dim, eps)
+        norm: Any = None if spectral else WeightNorm(owner_name, dim, eps)
         if spectral:
             norm = SpectralNorm(owner_name, dim=dim, warmup=choice, first="vu"[choice % 2])
         original = self.pair.tensor(weight, "")

@@ -229,6 +229,7 @@ def test_what_is_no_checkpoint_is_refused_and_leaves_nothing(tmp_path: Path) -> 
         "c.safetensors": whole[:20],
         "d.pt": b"",
         "e.pt": b"PK",
+        "g.pt": b"hello",
     }
     contents["f.safetensors"] = (2).to_bytes(8, "little") + b"[]"
     for name, content in contents.items():

@@ -240,6 +240,15 @@ def test_the_weight_and_its_gradients_are_torchs_to_the_last_bit(
     assert torch.equal(ours.weight_v.grad, parts.original1.grad)
 
 
+@on_cpu_and_gpu
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_a_weight_without_entries_has_gradients_of_0(dim: int | None, device: str) -> None:
+    v = torch.empty(0 if dim != 0 else 3, 5 if dim == 1 else 0, 3, device=device, requires_grad=True)
+    g = torch.ones(() if dim is None else [n if d == dim else 1 for d, n in enumerate(v.shape)], device=device)
+    explicit_wn.functional.weight_norm(v, g.requires_grad_(), dim).sum().backward()
+    assert not g.grad.any()
+
+
 @on_gpu
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 @pytest.mark.parametrize("dim", [0, 1, 2, 3, None])

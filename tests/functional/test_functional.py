@@ -405,3 +405,14 @@ def test_weight_is_called_from_a_scripted_function(function: Any, eps: float) ->
     scripted, expected = torch.jit.script(function)(v, g), g * v / norm_by_hand(v, 2, 1).clamp(min=eps)
     torch.testing.assert_close(scripted, expected)
     torch.testing.assert_close(gradients(scripted, v, g), gradients(expected, v, g))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:There is a performance drop")
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_trace_of_a_vmap_computes_what_was_traced(eps: float, clip: float | None) -> None:
+    def weights(v: Tensor, g: Tensor) -> Tensor:
+        return torch.func.vmap(lambda v, g: functional.scaled_weight_norm(v, g, 0, eps, clip))(v, g)
+
+    v, g = torch.randn(3, 5, 4), torch.rand(3, 5, 1)
+    torch.testing.assert_close(torch.jit.trace(weights, (v, g))(v + 1, g), weights(v + 1, g))

@@ -141,6 +141,8 @@ def test_the_steps_of_spectral_norm_compute_sigma_and_change_nothing(make: Calla
     matrix = conv.weight_orig.detach().transpose(0, dim).flatten(1)
     sigma = conv.weight_u @ matrix @ conv.weight_v
     assert [step.symbol for step in shown] == ["w₀", "W", "u", "v", "σ", "w"]
+    with pytest.raises(KeyError, match="no step is called 'sigma'; the steps are w₀, W, u, v, σ, w"):
+        shown["sigma"]
     torch.testing.assert_close(shown["W"].value, matrix)
     torch.testing.assert_close(shown["σ"].value, sigma)
     torch.testing.assert_close(shown["w"].value, conv.weight_orig.detach() / sigma)
