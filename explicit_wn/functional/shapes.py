@@ -7,6 +7,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..contexts.capture import capturing, is_transformed
 from ..contexts.torchscript import is_scripting, is_traced, is_tracing, shape_of
@@ -73,10 +74,12 @@ def _fits(v: Tensor, g: Tensor, dim: Optional[int]) -> bool:
 def check_vectors(matrix: Tensor, u: Tensor, v: Tensor) -> None:
     """Refuses a `u` that is not a number for each row of `matrix`, and a `v` that is not one for each column.
 
-    In a graph torch itself refuses to multiply them, in words of its own.
+    In a graph of TorchScript or Dynamo torch itself refuses to multiply them, in words of its own.
     """
-    if not is_scripting():  # noqa: SIM102
-        if not capturing() and isinstance(matrix, Tensor) and not is_traced() and u.shape + v.shape != matrix.shape:
+    if not is_scripting():
+        if is_dynamo_compiling() or not isinstance(matrix, Tensor) or is_traced():
+            return
+        if u.shape + v.shape != matrix.shape:
             raise ValueError(
                 f"a weight that is the matrix of the shape {_shape(matrix)} wants a u and a v of its lengths, not of "
                 f"the shapes {_shape(u)} and {_shape(v)}"
