@@ -21,8 +21,7 @@ from .written import mistake_in_parts, mistake_in_weight
 Module = TypeVar("Module", bound=nn.Module)
 Self = TypeVar("Self", bound="Reparametrization")
 
-
-_NONE: dict[str, Callable[[nn.Module], None]] = {}
+_NONE: dict[str, Any] = {}
 
 
 class Reparametrization(Norm):
@@ -152,8 +151,8 @@ class Reparametrization(Norm):
         if is_scripting():
             module._recompute_normed(self._label)  # type: ignore[operator]
         else:
-            recomputes = getattr(type(module), "_normed_recompute", _NONE)
-            recomputes.get(self._kind + " " + self.name, self._cannot_recompute)(module)
+            recomputes = getattr(type(module), "_normed_recompute", _NONE).get(self._kind, _NONE)
+            recomputes.get(self.name, self._cannot_recompute)(module)
 
     def call(self, module: Module) -> Module:
         """`recompute`, returning the module. `wn(module)` is the same."""

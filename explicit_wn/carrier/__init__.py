@@ -13,13 +13,12 @@ A carrier is an instance of a generated subclass of the module's own class, whic
 """
 
 from .module import Carrier, bake, carry, forget_all, is_wrapped, rebuild, recipes_of
-from .recipe import INLINED, Recipe, base_of, recipe_for
+from .recipe import Recipe, base_of, recipe_for
 from .store import Block, Store, Stored, store_of
 from .undo import all_or_nothing, values_or_nothing
 from .weight import in_use, is_current, refresh
 
 __all__ = [
-    "INLINED",
     "Block",
     "Carrier",
     "Recipe",

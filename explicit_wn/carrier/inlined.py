@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..contexts import capture
-from .recipe import INLINED, Recipe
+from .recipe import Recipe
 from .store import store_of
 from .weight import forget, is_held, show_to_blocks
 
@@ -51,7 +51,8 @@ def run_inlined(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
 
 def recompute_inlined(module: Any) -> None:
     """Recomputes every inlined weight of `module`."""
-    module._normed_recompute[INLINED](module)
+    for one in module._normed_inlined:
+        one.recompute(module)
 
 
 def _update_flat_weights(self: Any) -> None:

@@ -23,7 +23,7 @@ class Carrier(nn.Module):
 
     _normed: tuple[Recipe, ...] = ()
     _normed_functions: list[straight.Functions] = []
-    _normed_recompute: dict[str, Callable[[nn.Module], None]] = {}
+    _normed_recompute: dict[str, dict[str, Callable[[nn.Module], None]]] = {}
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
@@ -123,8 +123,7 @@ def _make_class(base: type[nn.Module], recipes: tuple[Recipe, ...]) -> type[nn.M
     namespace["__annotations__"] = next(filter(None, map(inspect.get_annotations, base.__mro__)), {})
     namespace |= {"_normed_base": base, "_normed": recipes, "_normed_functions": functions}
     namespace["_normed_inlined"] = [one for one in functions if one.recipe.inlined]
-    labels = [label for recipe in recipes for label in recipe.labels]
-    namespace["_normed_recompute"] = {label: straight.recompute_of(functions, label) for label in labels}
+    namespace["_normed_recompute"] = straight.recomputes_of(functions)
     ignored = [*getattr(base, "__jit_ignored_attributes__", []), "_normed_store"]
     namespace["__jit_ignored_attributes__"] = ignored  # TorchScript would try, long and in vain, to compile it
     namespace |= {one.name: Derived(one.recipe, one.read) for one in functions}

@@ -20,7 +20,7 @@ from ..contexts import capture
 from ..contexts.torchscript import is_traced
 from ..source import define, literal
 from . import weight as carefully
-from .recipe import Recipe
+from .recipe import INLINED, Recipe
 from .store import Stored
 
 RECOMPUTE = """
@@ -30,6 +30,7 @@ def recompute(module):
     store = module._normed_store
     if store.blocks:
         return None if store.held and not is_traced() else carefully.recompute_recipe(module, recipe)
+    {tables}
     {find_parts}
     if {parts_are_unusual} or store.running:
         return carefully.recompute_recipe(module, recipe)
@@ -59,6 +60,7 @@ COMPUTE = """
 def compute(module):
     if not is_ordinary():
         return carefully.advance_and_compute(module, recipe)
+    {tables}
     {find_parts}
     if {parts_are_unusual}:
         return carefully.advance_and_compute(module, recipe)
@@ -169,7 +171,7 @@ def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict
     return {
         "name": recipe.name,
         "parts": ", ".join(names),
-        "find_parts": "\n".join(["parameters, buffers = module._parameters, module._buffers", *find]),
+        "find_parts": "\n".join(find),
         "parts_are_unusual": " or ".join(f"type({n}) is not {'Tensor' if b else 'Parameter'}" for n, _, b in own),
         "tables": "\n".join(f"{table} = module._{table}" for table in dict.fromkeys(tables)),
         "parts_are_the_same": " and ".join(same),
@@ -179,15 +181,21 @@ def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict
     }
 
 
-def recompute_of(weights: list[Functions], label: str) -> Callable[[nn.Module], None]:
-    """The function that recomputes all weights that bear `label`."""
-    bear = [one.recompute for one in weights if label in one.recipe.labels]
+def recomputes_of(weights: list[Functions]) -> dict[str, dict[str, Callable[[nn.Module], None]]]:
+    """By the two words of a label, the function that recomputes all weights that bear it."""
+    found: dict[str, dict[str, Callable[[nn.Module], None]]] = {}
+    for label in [label for one in weights for label in one.recipe.labels if label != INLINED]:
+        kind, name = label.split(" ")
+        found.setdefault(kind, {})[name] = _in_turn([one.recompute for one in weights if label in one.recipe.labels])
+    return found
 
+
+def _in_turn(recomputes: list[Callable[[nn.Module], None]]) -> Callable[[nn.Module], None]:
     def recompute(module: nn.Module) -> None:
-        for one in bear:
+        for one in recomputes:
             one(module)
 
-    return bear[0] if len(bear) == 1 else recompute
+    return recomputes[0] if len(recomputes) == 1 else recompute
 
 
 def _quick_of(norm: type) -> Callable[..., Tensor | None] | None:

@@ -213,7 +213,7 @@ def _not_its_own(recipes: tuple[Recipe, ...], kind: str) -> str:
     return f"label + {f' cannot recompute this {kind}: {reason}'!r}"
 
 
-def _statements(recipe: Recipe, index: int, scope: dict[str, Any], is_rnn: bool, advance: bool = True) -> Iterator[str]:
+def _statements(recipe: Recipe, index: int, scope: dict[str, Any], is_rnn: bool, advance: bool) -> Iterator[str]:
     """The lines that rebuild one weight, in TorchScript."""
 
     def call(function: Callable[..., Any]) -> str:
