@@ -5,6 +5,7 @@ that is made: the system holds of both what fits.
 """
 
 import contextlib
+import errno
 import itertools
 import os
 import pickle
@@ -119,15 +120,20 @@ def _write_safetensors(content: Mapping[str, InFile], groups: Groups, files: lis
 def _load(path: Path) -> Any:
     """What a file of torch's holds, mapped into memory; the files of before torch 1.6 cannot be mapped."""
     with path.open("rb") as file:
-        head = file.read(2)
+        head = file.read(4)
+    is_zip = head == b"PK\x03\x04"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=head == b"PK")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (pickle.UnpicklingError, KeyError):
         why = "it holds more than tensors and plain values; load it where its classes are, and save its state_dict()"
-        if head[:1] not in (b"P", b"\x80"):
+        if not is_zip and head[:1] != b"\x80":
             why = "torch.save did not write it"
     except (RuntimeError, EOFError, ValueError) as error:
         why = str(error).partition("\n")[0].rstrip(".") or "it is cut off"
+    except OSError as error:  # which torch's reader raises where but the last bytes are gone
+        if error.errno != errno.EINVAL:
+            raise
+        why = "it is cut off"
     raise ValueError(f"{path} cannot be read by torch.load with weights_only: {why}.")
 
 

@@ -105,7 +105,7 @@ def scaled_weight_norm_by_kernel(
     """`scaled_weight_norm` in the ordinary case: one norm, which torch takes as it is; None in any other."""
     if clip is None:
         return weight_norm_by_kernel(v, g, dim, eps)
-    if eps != 0.0 or is_traced() or v.numel() == 0:
+    if eps != 0.0 or is_traced():
         return None
     others = [other for other in range(v.dim()) if other != dim]
     norm: Tensor = torch.linalg.vector_norm(v, 2, others, dim is not None)

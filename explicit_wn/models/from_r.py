@@ -58,7 +58,7 @@ def load_r(model: Model, path: Path) -> Model:
 
 def _load(model: nn.Module, state: dict[str, Tensor], norms: "dict[str, _Normed]") -> None:
     for name, normed in norms.items():
-        if name in state and not normed.is_ours:  # a carrier splits its weights itself
+        if name in state:
             state.update({f"{name}_{part}": value for part, value in normed.norm.split(state.pop(name)).items()})
     with torch.no_grad(), all_or_nothing(*model.modules()), values_or_nothing([*model.parameters(), *model.buffers()]):
         model.load_state_dict(state)
@@ -118,7 +118,6 @@ class _Normed:
     parts: tuple[str, ...]
     weight: Tensor
     """A tensor of the weight's shape and dtype."""
-    is_ours: bool
 
 
 def _norms(model: nn.Module) -> Iterator[tuple[str, _Normed]]:
@@ -126,10 +125,10 @@ def _norms(model: nn.Module) -> Iterator[tuple[str, _Normed]]:
     for path, module in model.named_modules(remove_duplicate=False):
         for recipe in carrier.recipes_of(module):
             with torch.no_grad():
-                yield qualified(path, recipe.name), _Normed(recipe.norm, recipe.parts, recipe.compute(module), True)
+                yield qualified(path, recipe.name), _Normed(recipe.norm, recipe.parts, recipe.compute(module))
         for found in spellings.find(module):
             if isinstance(found.norm, WeightNorm) and not found.why_not:
-                yield qualified(path, found.name), _Normed(found.norm, ("g", "v"), found.parts["v"], False)
+                yield qualified(path, found.name), _Normed(found.norm, ("g", "v"), found.parts["v"])
 
 
 def _meet(state: dict[str, Tensor], own: dict[str, Any], norms: dict[str, _Normed], rnns: set[str]) -> Iterator[str]:

@@ -18,6 +18,7 @@ import torch
 from layers import Net, by_hand
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -36,6 +37,7 @@ from explicit_wn import (
     functional,
     recompute_all,
 )
+from explicit_wn.carrier.alarm import ENOUGH
 from explicit_wn.reparametrization import Reparametrization
 
 X = torch.linspace(-1, 1, 12).view(4, 3)
@@ -179,6 +181,14 @@ def made_in_inference_mode(_: Any) -> nn.Module:
     return model.requires_grad_(False)
 
 
+def pruned_in_inference_mode(model: Any) -> nn.Module:
+    prune.l1_unstructured(model.fc, "weight_v" if isinstance(model.wn, WeightNorm) else "weight_orig", 1)
+    with torch.inference_mode():
+        model(X)
+        model(X)
+    return model
+
+
 def on_another_thread(model: Any) -> nn.Module:
     thread = threading.Thread(target=optimizer_step, args=(model,))
     thread.start()
@@ -229,6 +239,7 @@ INNOCENT = [
     checkpointed,
     all_at_once,
     made_in_inference_mode,
+    pruned_in_inference_mode,
     on_another_thread,
     functionally,
     clipped,
@@ -320,7 +331,13 @@ def reading_thrice(module: nn.Module) -> None:
         module.weight.data.uniform_(-1 / module.weight.size(1), 1 / module.weight.size(1))
 
 
+def reading_four_times(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        module.weight.data.uniform_(-1 / module.weight.size(1), module.weight.size(1) / len(module.weight))
+
+
 WRITES = [
+    reading_four_times,
     reading_thrice,
     reading_twice,
     init_weights,
@@ -517,8 +534,10 @@ def test_a_write_within_a_cached_block_is_told_at_its_end() -> None:
 
 def test_whoever_looks_and_looks_is_not_watched_for_ever() -> None:
     layer = WeightNorm().inline(nn.Linear(3, 2))
-    for _ in range(200):
+    for _ in range(ENOUGH - 1):  # one read was that of `inline`
         layer.weight.sum().item()
+        assert carrier.store_of(layer)["weight"].seal is not None
+    layer.weight.sum().item()
     assert carrier.store_of(layer)["weight"].seal is None
     assert carrier.store_of(layer)["weight"].earlier == ()
 

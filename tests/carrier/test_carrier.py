@@ -574,6 +574,14 @@ def test_a_cast_reaches_the_weights_of_an_rnn() -> None:
     assert {weight.dtype for weight in module._flat_weights} == {torch.float64}
 
 
+def test_the_list_of_an_inlined_rnns_weights_is_of_now() -> None:
+    module = lstm("inline")
+    for _ in range(2):
+        nn.init.normal_(module.weight_hh_l0_g)
+        weight = module._flat_weights[module._flat_weights_names.index("weight_hh_l0")]
+        torch.testing.assert_close(weight, by_hand(module, "weight_hh_l0"))
+
+
 def test_to_meta_and_back_empty() -> None:
     model, source = dim_1(), dim_1()
     model(torch.randn(4, 3))

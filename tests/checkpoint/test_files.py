@@ -223,18 +223,22 @@ def test_a_refusal_halfway_leaves_nothing(suffix: str, tmp_path: Path) -> None:
 
 def test_what_is_no_checkpoint_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     whole = save(state(), tmp_path / "whole.safetensors").read_bytes()
+    whole_pt = save(state(), tmp_path / "whole.pt").read_bytes()
     contents = {
-        "a.safetensors": b"",
-        "b.safetensors": whole[:-1],
-        "c.safetensors": whole[:20],
-        "d.pt": b"",
-        "e.pt": b"PK",
-        "g.pt": b"hello",
+        "a.safetensors": (b"", ""),
+        "b.safetensors": (whole[:-1], ""),
+        "c.safetensors": (whole[:20], ""),
+        "d.safetensors": ((2).to_bytes(8, "little") + b"[]", ""),
+        "e.pt": (b"", "it is cut off"),
+        "f.pt": (b"PK", "torch.save did not write it"),
+        "g.pt": (b"hello", "torch.save did not write it"),
+        "h.pt": (whole_pt[:-50], "it is cut off"),
+        "i.pt": (whole_pt[:20], r"PytorchStreamReader failed .*\w"),
     }
-    contents["f.safetensors"] = (2).to_bytes(8, "little") + b"[]"
-    for name, content in contents.items():
+    for name, (content, why) in contents.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} (is no whole .safetensors file|cannot be read)"):
+        says = rf"{name} (is no whole .safetensors file|cannot be read by torch.load with weights_only: {why}\.\Z)"
+        with pytest.raises(ValueError, match=says):
             files.respell(tmp_path / name, tmp_path / f"out{name[1:]}", FOLD)
     torch.save(torch.nn.Linear(1, 1), tmp_path / "model.pt")
     with pytest.raises(ValueError, match="holds more than tensors and plain values"):

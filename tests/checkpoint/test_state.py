@@ -280,6 +280,7 @@ def test_a_symmetric_weight_needs_no_dim() -> None:
 def test_a_vector_of_ours_is_divided_by_its_length() -> None:
     layer = SpectralNorm().apply(nn.LayerNorm(3))
     state = changed(layer.state_dict())
+    assert [row.dim for row in checkpoint.report(state).rows] == ["0"]
     torch.testing.assert_close(checkpoint.fold(state)["weight"], state["weight_orig"] / state["weight_orig"].norm())
     parametrized = parametrizations.spectral_norm(nn.LayerNorm(3))
     parametrized.load_state_dict(checkpoint.respell(state, "parametrization"))

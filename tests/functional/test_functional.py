@@ -50,6 +50,13 @@ def gradients(result: Tensor, *inputs: Tensor, create_graph: bool = False) -> tu
     return torch.autograd.grad((result * weights).sum(), inputs, create_graph=create_graph)
 
 
+@pytest.mark.parametrize("dim", [0, 1, 3, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_has_the_layout_of_its_v(dtype: torch.dtype, dim: int | None) -> None:
+    v = torch.randn(4, 3, 2, 2, dtype=dtype).to(memory_format=torch.channels_last)
+    assert weight_norm(v, norm_except_dim(v, 2, dim), dim).stride() == v.stride()
+
+
 # norm_except_dim
 
 

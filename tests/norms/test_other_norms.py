@@ -262,6 +262,8 @@ def test_assign_inverts_or_refuses(kind: str) -> None:
         any_weight = norm.make().compute_weight(norm.make().apply(nn.Linear(4, 3)).eval()).detach()
         if kind == "SpectralNorm":
             any_weight = any_weight / torch.linalg.matrix_norm(any_weight.double(), 2).float()
+        with pytest.raises(ValueError, match="|".join(REFUSED.values())):
+            wn.assign(layer, any_weight * 1.01 + 0.01)
     wn.assign(layer, any_weight)
     torch.testing.assert_close(wn.compute_weight(layer).detach(), any_weight)
     torch.testing.assert_close(norm.of(parts_of(layer, norm)).detach(), any_weight, rtol=1e-5, atol=1e-6)
@@ -342,6 +344,7 @@ CONTEXTS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "eager": lambda model, x: model,
     "script": lambda model, x: torch.jit.script(model),
     "trace": lambda model, x: torch.jit.trace(model, x, check_trace=False),
+    "trace_without_grad": lambda model, x: torch.no_grad()(torch.jit.trace)(model, x, check_trace=False),
     "export": lambda model, x: torch.export.export(model, (x,)).module(),
     "strict_export": lambda model, x: torch.export.export(model, (x,), strict=True).module(),
     "compile": lambda model, x: torch.compile(model, backend="aot_eager", fullgraph=True),
@@ -385,6 +388,21 @@ def test_a_training_step_has_the_gradients_of_the_formula_in_every_context_and_r
             v = parts["v"]
             torch.testing.assert_close(length(v, 0), wanted_length(kind, v))
             torch.testing.assert_close(v / length(v, 0), before["v"] / length(before["v"], 0))
+
+
+@pytest.mark.parametrize("context", ["eager", "script", "trace", "trace_without_grad"])
+@pytest.mark.parametrize("kind", RENORMED)
+def test_a_backward_may_come_after_the_next_renorm(kind: str, context: str) -> None:
+    norm, x = RENORMED[kind], torch.randn(2, 4)
+    layer = norm.make().inline(nn.Linear(4, 3))
+    run = CONTEXTS[context](layer, x)
+    output = run(x)
+    v = layer.weight_v.detach().clone().requires_grad_()
+    change(layer, norm)
+    run(x)
+    output.square().sum().backward()
+    nn.functional.linear(x, norm.of({"v": v}), layer.bias).square().sum().backward()
+    torch.testing.assert_close(layer.weight_v.grad, v.grad)
 
 
 @pytest.mark.parametrize("kind", RENORMED)
