@@ -123,7 +123,7 @@ def weight_norm_by_kernel(v: Tensor, g: Tensor, dim: Optional[int], eps: float) 
         return None
     of_v, of_g = v.shape, g.shape
     ndim, length = len(of_v), g.numel()
-    if (dim != 0 and dim != ndim - 1) or length == 0 or ndim == 0 or len(of_g) != ndim or of_g[dim] != length:
+    if (dim != 0 and dim != ndim - 1) or ndim == 0 or len(of_g) != ndim or of_g[dim] != length:
         return None
     if of_v[dim] != length or v.numel() == 0 or (ndim >= 4 and not v.is_contiguous()):
         return None

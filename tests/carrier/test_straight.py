@@ -1,8 +1,10 @@
 """The straight functions of `straight.py` do what the careful ones of `weight.py` do, whatever else is going on."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import hypothesis
@@ -13,7 +15,19 @@ from random_examples import drawn
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from explicit_wn import SpectralNorm, WeightNorm, cached, carrier, detect_stale, fold, functional, recompute_all
+from explicit_wn import (
+    ForcedWeightNorm,
+    ScaledWeightNorm,
+    SpectralNorm,
+    UnitNorm,
+    WeightNorm,
+    cached,
+    carrier,
+    detect_stale,
+    fold,
+    functional,
+    recompute_all,
+)
 from explicit_wn.carrier import Recipe, straight, weight
 from explicit_wn.carrier.straight import Functions
 
@@ -245,3 +259,18 @@ def test_the_straight_way_does_what_the_careful_one_does(norm: Any, verb: str, d
         assert results[0] == results[1]
     subject.close_block()
     wanted.close_block()
+
+
+@pytest.mark.parametrize("norm", [WeightNorm, partial(ScaledWeightNorm, clip=0.9), ForcedWeightNorm, UnitNorm])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_the_ordinary_case_goes_the_quick_way(norm: Any, dim: int) -> None:
+    layer: Any = norm(dim=dim).apply(nn.Conv1d(4, 3, 2))
+    (recipe,) = carrier.recipes_of(layer)
+    quick = type(recipe.norm).quick
+    assert quick is not None
+    given = recipe.read(layer) | dict(recipe.settings)
+    value = quick(**{name: given[name] for name in inspect.signature(quick).parameters})
+    if dim == 1 and norm is WeightNorm:
+        assert value is None  # torch has no kernel for it
+    else:
+        torch.testing.assert_close(value, recipe.compute(layer))

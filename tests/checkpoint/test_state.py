@@ -312,6 +312,7 @@ REFUSED = {
     "both norms": ({f"fc.weight_{part}": v for part in ("g", "v", "orig", "u")}, "are not the parts of one norm"),
     "g does not fit": ({"fc.weight_g": torch.rand(3, 1), "fc.weight_v": v}, r"shape \(3, 1\), which belongs to no dim"),
     "g of two dims": ({"fc.weight_g": torch.rand(4, 3), "fc.weight_v": v}, r"\(4, 3\), which belongs to no dim"),
+    "g of two dims, of one number": ({"fc.weight_g": torch.rand(1, 1), "fc.weight_v": vector}, "belongs to no dim"),
     "u does not fit": (
         {"fc.weight_orig": v, "fc.weight_u": torch.rand(2), "fc.weight_v": torch.rand(3)},
         r"its u and v, \(2,\) and \(3,\), belong to no dim of its weight, \(4, 3\)",
