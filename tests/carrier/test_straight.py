@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import attrs
 import hypothesis
 import pytest
 import torch
@@ -30,6 +31,7 @@ from explicit_wn import (
 )
 from explicit_wn.carrier import Recipe, straight, weight
 from explicit_wn.carrier.straight import Functions
+from explicit_wn.reparametrization import Reparametrization
 
 
 def careful(recipe: Recipe, base: type[nn.Module]) -> Functions:
@@ -59,6 +61,7 @@ NORMS: dict[str, Callable[[], Any]] = {
     "eps": lambda: WeightNorm(eps=1e-3),
     "another formula": lambda: Doubled(),
     "spectral": lambda: SpectralNorm(n_power_iterations=2),
+    "of one part": lambda: Tripled(),
     "spectral, by rows": lambda: SpectralNorm(dim=1, first="u"),
 }
 
@@ -240,6 +243,15 @@ class Doubled(WeightNorm):
     """A norm with a formula of its own, for which the quick way of its base is another one."""
 
     formula = staticmethod(lambda v, g, dim, eps: 2 * functional.weight_norm(v, g, dim, eps))
+
+
+@attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False)
+class Tripled(Reparametrization):
+    name: str = "weight"
+    formula = staticmethod(lambda third: 3 * third)
+
+    def split(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"third": weight / 3}
 
 
 @pytest.mark.parametrize("verb", ["apply", "inline"])

@@ -180,7 +180,9 @@ def test_a_model_of_several_spellings_is_folded_at_once() -> None:
         {f"{kind} {one}".replace(" ", "_"): case.make() for kind, case in CASES.items() for one in SPELLINGS}
     )
     plain.load_state_dict(folded)
-    rows = [row for row in checkpoint.report(state).rows if row.norm]
+    table = checkpoint.report(state)
+    assert repr(table) == str(table)
+    rows = [row for row in table.rows if row.norm]
     assert len(rows) == len(CASES) * len(SPELLINGS)
     assert not any(row.problem for row in rows)
 

@@ -465,6 +465,18 @@ def test_the_functions_refuse_parts_that_do_not_belong_together(
         (torch.jit.script(function) if scripted else function)(torch.rand(3, 4), *given)
 
 
+@each_norm
+def test_a_norm_shows_how_it_is_made(norm: ByHand) -> None:
+    made = norm.make()
+    assert repr(made).startswith(f"{type(made).__name__}('weight', ")
+    assert repr(eval(repr(made))) == repr(made)
+
+
+def test_what_scales_a_weight_norm_is_given_by_name() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        ScaledWeightNorm("weight", 0, 0.0, 0.9)  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("given", [1, np.float64(1)], ids=["int", "float64"])
 def test_a_number_is_a_float_wherever_it_comes_from(given: Any) -> None:
     for norm in ScaledWeightNorm(clip=given), ScaledWeightNorm(target_norm=given), ForcedWeightNorm(gain=given):
