@@ -37,9 +37,11 @@ class Chain(nn.Module):
 
 
 class ExplicitChain(Chain):
+    norm: Callable[..., Any] = WeightNorm
+
     def __init__(self, make: Callable[[], nn.Module], count: int, dim: int) -> None:
         super().__init__(make, count, dim)
-        self.wn = WeightNorm(dim=dim)
+        self.wn = self.norm(dim=dim)
         for layer in self.layers:
             self.wn.apply(layer)
 
