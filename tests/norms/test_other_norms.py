@@ -1,6 +1,7 @@
 """The norms beside WeightNorm and SpectralNorm: their numbers, gradients, verbs, and what renorms v."""
 
 import copy
+import io
 import re
 import shutil
 from collections.abc import Callable
@@ -403,6 +404,21 @@ def test_a_backward_may_come_after_the_next_renorm(kind: str, context: str) -> N
     output.square().sum().backward()
     nn.functional.linear(x, norm.of({"v": v}), layer.bias).square().sum().backward()
     torch.testing.assert_close(layer.weight_v.grad, v.grad)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", RENORMED)
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+def test_an_exported_program_in_training_mode_is_saved_and_renorms_its_own_v(kind: str, strict: bool) -> None:
+    norm, x, file = RENORMED[kind], torch.randn(2, 4), io.BytesIO()
+    model = nn.Sequential(norm.make().inline(nn.Linear(4, 3)))
+    torch.export.save(torch.export.export(model, (x,), strict=strict), file)
+    program = torch.export.load(file).module()
+    v = dict(program.named_parameters())["0.weight_v"]
+    v.data.mul_(3)
+    weight = norm.of({"v": v.detach().clone()})
+    torch.testing.assert_close(program(x), nn.functional.linear(x, weight, model[0].bias))
+    torch.testing.assert_close(length(v, 0), wanted_length(kind, v))
 
 
 @pytest.mark.parametrize("kind", RENORMED)
