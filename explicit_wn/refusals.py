@@ -115,7 +115,8 @@ PARAMETERS: tuple[Refusal, ...] = (
     ),
     (
         lambda asked: parametrize.is_parametrized(asked.module, asked.name),
-        "it is parametrized; torch.nn.utils.parametrize.remove_parametrizations(module, name) ends that",
+        "it is parametrized; where torch's norm does that, explicit_wn.convert(model) makes it ours, and otherwise "
+        "torch.nn.utils.parametrize.remove_parametrizations(module, name) ends it",
     ),
     (
         lambda asked: asked.is_hooked,
@@ -135,8 +136,12 @@ PARAMETERS: tuple[Refusal, ...] = (
     ),
     (
         lambda asked: asked.parameter is None and asked.is_within,
-        "it has no such parameter; its parameters are {asked.names}; modules within it have one, and "
-        "explicit_wn.apply_all(module, norm) norms those",
+        "it has no such parameter; its parameters are {asked.names}; a module within it has one: apply the norm to "
+        "that, or to every layer with explicit_wn.apply_all(model, norm)",
+    ),
+    (
+        lambda asked: asked.names == "none" and asked.parameter is None,
+        "it has no parameters; leave such modules out, as explicit_wn.apply_all(model, norm) does",
     ),
     (
         lambda asked: asked.parameter is None,

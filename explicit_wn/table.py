@@ -1,7 +1,7 @@
 """Tables for people: aligned in a terminal, HTML in a notebook."""
 
 import html
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -30,6 +30,21 @@ class Table:
         titles = "".join(f"<th{left}>{title}</th>" for title in head)
         rows = ["".join(f"<td{left}>{_preformatted(c)}</td>" for c in row) for row in body]
         return f"<table><tr>{titles}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+
+class Rows(Table):
+    """A table of records, one for each row, which can be walked through and counted."""
+
+    rows: list[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
 
 
 def cells_of(kind: type, rows: Iterable[Any], without: Collection[str] = ()) -> list[list[str]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import functional
 from ..functional.weight import shape_of_g
-from ..table import Table, cells_of, parts_shown
+from ..table import Rows, cells_of, parts_shown
 from . import spellings
 from .spellings import KeptDim, Normed, Shape, whole_part
 
@@ -38,7 +38,7 @@ class Row:
 
 
 @attrs.frozen(repr=False)
-class Report(Table):
+class Report(Rows):
     """The weights of a checkpoint as a table: `print` it, or show it in a notebook."""
 
     rows: list[Row]

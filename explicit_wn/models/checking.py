@@ -12,7 +12,7 @@ from ..carrier.alarm import is_written_to
 from ..layers import qualified
 from ..refusals import kind_of
 from ..reparametrization import Reparametrization
-from ..table import Table
+from ..table import Rows
 from . import spellings
 from .verbs import check_model
 
@@ -31,13 +31,10 @@ class Finding:
 
 
 @attrs.frozen(repr=False)
-class Findings(Table):
+class Findings(Rows):
     """What `check` found: a table, and true if there is anything in it."""
 
     rows: list[Finding]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def cells(self) -> list[list[str]]:
         return [["name", "problem", "way out"], *([row.name, row.problem, row.way_out] for row in self.rows)]

@@ -47,14 +47,14 @@ def convert(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         for spelled in spellings.find(module):
             if spelled.is_norm and replaced_forward(module):
-                raise _cannot_convert(path, module, spelled, replaced_forward(module))
+                raise _cannot("convert", path, module, spelled, replaced_forward(module))
     if foreign := _foreign(model):
         warn(
             f"convert leaves alone what looks like parts of norms that are neither torch's nor ours: {foreign}. End "
             "such a norm in the way of the project that made it and apply one of ours, or let it be if it is meant so.",
             ForeignNormWarning,
         )
-    return _make_ours(model)
+    return _make_ours(model, "convert")
 
 
 def _foreign(model: nn.Module) -> str:
@@ -66,12 +66,12 @@ def _foreign(model: nn.Module) -> str:
     )
 
 
-def _make_ours(model: nn.Module) -> list[str]:
+def _make_ours(model: nn.Module, verb: str) -> list[str]:
     found = [(p, m, spelled) for p, m in model.named_modules() for spelled in spellings.find(m) if spelled.is_norm]
     by_module: dict[nn.Module, list[Found]] = {}
     for path, module, spelled in found:
         if spelled.why_not:
-            raise _cannot_convert(path, module, spelled, spelled.why_not)
+            raise _cannot(verb, path, module, spelled, spelled.why_not)
         by_module.setdefault(module, []).append(spelled)
     with all_or_nothing(*(changed for module in by_module for changed in spellings.touched(module))):
         for module, of_module in by_module.items():
@@ -79,9 +79,9 @@ def _make_ours(model: nn.Module) -> list[str]:
     return [qualified(path, spelled.name) for path, _, spelled in found]
 
 
-def _cannot_convert(path: str, module: nn.Module, spelled: Found, why_not: str | None) -> ValueError:
+def _cannot(verb: str, path: str, module: nn.Module, spelled: Found, why_not: str | None) -> ValueError:
     kind = spellings.class_of(module).__name__
-    return ValueError(f"cannot convert {qualified(path, spelled.name)!r} of this {kind}: {why_not}.")
+    return ValueError(f"cannot {verb} {qualified(path, spelled.name)!r} of this {kind}: {why_not}.")
 
 
 def fold(model: nn.Module) -> list[str]:
@@ -104,7 +104,7 @@ def fold(model: nn.Module) -> list[str]:
     check_model("fold", model)
     modules = {changed: None for module in model.modules() for changed in spellings.touched(module)}
     with all_or_nothing(*modules):
-        _make_ours(model)
+        _make_ours(model, "fold")
         folded = list(normed(model))
         ended = {label for module in model.modules() for r in carrier.recipes_of(module) for label in r.labels}
         for name, module, norm in folded:

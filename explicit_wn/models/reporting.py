@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from .. import carrier
 from ..layers import qualified
-from ..table import Table, cells_of, parts_shown
+from ..table import Rows, cells_of, parts_shown
 from . import spellings
 from .checking import state_of
 from .spellings import Found
@@ -42,7 +42,7 @@ class Row:
 
 
 @attrs.frozen(repr=False)
-class Report(Table):
+class Report(Rows):
     """The weights of a model as a table: `print` it, or show it in a notebook."""
 
     rows: list[Row]

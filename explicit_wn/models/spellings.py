@@ -145,8 +145,13 @@ def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
         why_not = (
             f"the module carries a norm of ours, and {others[0]!r} is parametrized otherwise; end one of them first"
         )
-    kind = norm._kind if norm else kinds
-    return Found(name, "parametrization", norm, kind, parts, tuple(last.shape), "fresh", why_not)
+    kind, state = norm._kind if norm else kinds, "fresh"
+    if norm:
+        try:
+            norm.formula(**{part: value.to("meta") for part, value in parts.items()}, dim=norm.dim, eps=norm.eps)
+        except ValueError as error:
+            state, why_not = "broken", why_not or str(error)
+    return Found(name, "parametrization", norm, kind, parts, tuple(last.shape), state, why_not)
 
 
 _SIGNS = (  # what norms of other projects call their parts: the kind, what has the weight's shape, a vector beside it

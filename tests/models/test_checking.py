@@ -129,23 +129,31 @@ def test_what_is_no_optimizer_is_refused() -> None:
 
 def with_a_wrong_g(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
     model = nn.Sequential(nn.Linear(2, 2), norm(nn.Linear(20, 40)), WeightNorm().inline(nn.Linear(2, 2)))
-    model[1].weight_g = nn.Parameter(torch.rand(1, 20))
+    owner, part = (model[1], "weight_g") if hasattr(model[1], "weight_g") else (parts_of(model[1]), "original0")
+    setattr(owner, part, nn.Parameter(torch.rand(1, 20)))
     return model
 
 
+def parts_of(layer: Any) -> Any:
+    """Where torch's parametrization keeps its parts."""
+    return layer.parametrizations["weight"]
+
+
+TORCHS = torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm
 WRONG_G = "a weight of the shape [40, 20] with dim=0 wants a g of the shape [40, 1], not [1, 20]"
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-@pytest.mark.parametrize("norm", [WeightNorm().inline, WeightNorm().apply, torch.nn.utils.weight_norm])
+@pytest.mark.parametrize("norm", [WeightNorm().inline, WeightNorm().apply, *TORCHS])
 def test_a_g_of_another_shape_is_found_and_the_rest_is_shown(norm: Any) -> None:
     model = with_a_wrong_g(norm)
-    (finding,) = check(model).rows
+    (finding,) = check(model)
     assert (finding.name, finding.problem) == ("1.weight", "broken")
+    assert check(model)[0] == finding
     assert WRONG_G in finding.way_out
-    states = {row.name: row.state for row in report(model).rows if row.norm}
+    states = {row.name: row.state for row in report(model) if row.norm}
     assert states == {"1.weight": "broken", "2.weight": "fresh"}
-    says = "cannot convert '1.weight' of this Linear" if norm is torch.nn.utils.weight_norm else "1: WeightNorm"
+    says = "cannot fold '1.weight' of this Linear" if norm in TORCHS else "1: WeightNorm"
     with pytest.raises(ValueError, match=f"^{says}.*{re.escape(WRONG_G)}"):
         fold(model)
 

@@ -202,7 +202,7 @@ def test_a_name_that_ours_refuses_is_reported_and_not_converted(norm: Norm, name
     row = next(row for row in report(layer).rows if row.name == name)
     assert (row.norm, row.parts) == ("WeightNorm", "g 2×1, v 2×3")
     for verb in convert, fold:
-        with pytest.raises(ValueError, match=f"cannot convert {name!r} of this Linear: .*register"):
+        with pytest.raises(ValueError, match=f"cannot {verb.__name__} {name!r} of this Linear: .*register"):
             verb(layer)
 
 

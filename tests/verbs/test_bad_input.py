@@ -151,7 +151,7 @@ NAMES: dict[str, Case] = {
     "list": case(linear, "['weight']", "name is a str", OWN_NAMES, name=["weight"], error=TypeError),
     "None of the object": case(linear, "name is a str", OWN_NAMES, norm=changed(name=None), error=TypeError),
     "dotted, of the object": case(Outer, "WeightNorm('weight').apply(model.fc)", norm=changed(name="fc.weight")),
-    "no parameters": case(nn.ReLU, "'weight'", "no such parameter", "are none"),
+    "no parameters": case(nn.ReLU, "'weight'", "it has no parameters; leave such modules out"),
 }
 DIMS: dict[str, Case] = {
     "too large": case(linear, "dim=2", "2 dimensions", 'from 0 to 1, or "whole"', dim=2),
@@ -337,7 +337,7 @@ def test_the_smallest_eps_of_single_precision_is_one() -> None:
 def test_a_container_of_what_is_wanted_says_so() -> None:
     wn, model = WeightNorm(), nn.Sequential(nn.Linear(3, 2), WeightNorm().apply(nn.Linear(2, 2)))
     for verb in wn.apply, wn.inline:
-        refused(lambda verb=verb: verb(model), model, "this Sequential", "within it have one", "apply_all(module")
+        refused(lambda verb=verb: verb(model), model, "this Sequential", "within it has one", "apply_all(model")
     for verb, way_out in (wn.recompute, "use explicit_wn.recompute_all(module)"), (wn.remove, "give it one of those"):
         refused(lambda verb=verb: verb(model), model, "this Sequential", f"modules within it do: {way_out}")
     other = nn.Sequential(SpectralNorm().apply(nn.Linear(3, 2)))
