@@ -175,10 +175,15 @@ def _what_is_wrong(spelling: str, spelled: dict[str, str]) -> str:
         if set(names) > set(spelled) != {"original"}:
             part, key = next(iter(spelled.items()))
             missing = [key.removesuffix(part) + name for name in names if name not in spelled]
+            if set(spelled) == {"v"}:
+                shown += f", or a norm made it that has none: {_IN_THE_MODEL}"
             return f"{' and '.join(missing)} must be there too, beside {shown}"
     if set(spelled) == {"original"}:
         return f"{shown} alone may be a vector's spectral norm or any other parametrization"
-    return f"{shown} are not the parts of one norm"
+    return f"{shown} are not the parts of one norm that is known without its model: {_IN_THE_MODEL}"
+
+
+_IN_THE_MODEL = "load it into the model, and call explicit_wn.fold(model)"
 
 
 def _dims_of(shapes: dict[str, Shape]) -> tuple[tuple[KeptDim, ...], str | None]:

@@ -24,6 +24,7 @@ from explicit_wn import (
     UnitNorm,
     WeightNorm,
     WeightStandardization,
+    checkpoint,
     functional,
 )
 
@@ -479,6 +480,16 @@ def test_the_functions_refuse_parts_that_do_not_belong_together(
         says = "torch"  # which refuses to multiply them
     with pytest.raises((ValueError, torch.jit.Error, RuntimeError), match=re.escape(says)):
         (torch.jit.script(function) if scripted else function)(torch.rand(3, 4), *given)
+
+
+@each_norm
+def test_a_checkpoint_of_what_a_file_cannot_tell_is_to_be_loaded_into_its_model(norm: ByHand) -> None:
+    state = nn.Sequential(norm.make().inline(nn.Linear(4, 3))).state_dict()
+    if type(norm.make()) in (ScaledWeightNorm, SpectralNorm):
+        assert checkpoint.fold(state)["0.weight"].shape == (3, 4)
+    else:
+        with pytest.raises(ValueError, match=r"load it into the model, and call explicit_wn\.fold\(model\)"):
+            checkpoint.fold(state)
 
 
 @each_norm
