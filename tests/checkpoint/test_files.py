@@ -63,8 +63,9 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def test_a_file_becomes_what_its_state_dict_becomes(suffix: str, to: str, tmp_path: Path) -> None:
     before, out = state(), tmp_path / f"out{suffix}"
     path = save(before, tmp_path / f"in{suffix}")
-    content = path.read_bytes()
-    assert files.respell(path, out, Asked("respell", to)) == 3
+    content, ticks = path.read_bytes(), []
+    assert files.respell(path, out, Asked("respell", to, tick=lambda *done: ticks.append(done))) == 3
+    assert ticks == [(done, len(ticks)) for done in range(1, len(ticks) + 1)]
     same(load(out), checkpoint.respell(before, to))
     assert path.read_bytes() == content
     assert sorted(tmp_path.iterdir()) == sorted([path, out])

@@ -1,5 +1,6 @@
 """The mathematics: `norm_except_dim` and `weight_norm`, against torch's own functions and against the formulas."""
 
+import inspect
 import math
 import re
 import subprocess
@@ -111,6 +112,14 @@ def test_a_power_iteration_by_its_defaults_is_one_over_the_rows_that_survives_ze
     functional.power_iteration(0 * orig, u, v)
     assert not u.any()
     assert not v.any()
+
+
+@pytest.mark.parametrize("name", [name for name in functional.__all__ if name not in ("as_matrix", "kept")])
+def test_by_default_it_is_the_first_dim_and_no_eps(name: str) -> None:
+    defaults = {key: one.default for key, one in inspect.signature(getattr(functional, name)).parameters.items()}
+    assert defaults.get("dim", 0) == 0
+    if name not in ("power_iteration", "norm_except_dim", "spectral_norm", "sigma_reparam"):
+        assert defaults["eps"] == 0.0
 
 
 def test_a_matrix_has_the_first_dim_as_its_rows_by_default_and_a_vector_its_length() -> None:
