@@ -165,8 +165,6 @@ class _Mapped:
     def __call__(self, weight: Tensor) -> Tensor:
         self.done += 1
         self.tick(self.done, self.total)
-        if weight.numel() == 0:
-            return weight
         count, file = weight.untyped_storage().nbytes() // weight.itemsize, self.folder / str(self.done)
         moved = torch.from_file(str(file), shared=True, size=count, dtype=weight.dtype)
         return moved.as_strided(weight.shape, weight.stride()).copy_(weight)

@@ -73,6 +73,13 @@ def test_a_file_becomes_what_its_state_dict_becomes(suffix: str, to: str, tmp_pa
     assert {row.name for row in files.report(path).rows} == {row.name for row in checkpoint.report(before).rows}
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_weight_of_no_numbers_is_one_still(suffix: str, tmp_path: Path) -> None:
+    path = save({"weight_g": torch.rand(2, 1), "weight_v": torch.zeros(2, 0)}, tmp_path / f"in{suffix}")
+    files.respell(path, tmp_path / f"out{suffix}", FOLD)
+    assert load(tmp_path / f"out{suffix}")["weight"].shape == (2, 0)
+
+
 def test_every_tensor_lies_at_a_multiple_of_its_width(tmp_path: Path) -> None:
     files.respell(save(state(), tmp_path / "in.safetensors"), tmp_path / "out.safetensors", FOLD)
     stored, _ = read_header(tmp_path / "out.safetensors")

@@ -114,6 +114,16 @@ def test_a_power_iteration_by_its_defaults_is_one_over_the_rows_that_survives_ze
     assert not v.any()
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1)])
+def test_the_magnitude_of_the_whole_is_one_number_of_no_more_dims_than_the_weight(shape: tuple[int, ...]) -> None:
+    v, g = random(2, 3), torch.full(shape, 2.0).double()
+    if len(shape) > v.dim():
+        with pytest.raises(ValueError, match=r"wants a g of the shape \[\], not \[1, 1, 1\]"):
+            weight_norm(v, g, None)
+    else:
+        torch.testing.assert_close(weight_norm(v, g, None), 2 * v / v.norm())
+
+
 @pytest.mark.parametrize("name", [name for name in functional.__all__ if name not in ("as_matrix", "kept")])
 def test_by_default_it_is_the_first_dim_and_no_eps(name: str) -> None:
     defaults = {key: one.default for key, one in inspect.signature(getattr(functional, name)).parameters.items()}
