@@ -152,7 +152,7 @@ class Reparametrization(Norm):
             module._recompute_normed(self._label)  # type: ignore[operator]
         else:
             recomputes = getattr(type(module), "_normed_recompute", _NONE).get(self._kind, _NONE)
-            recomputes.get(self.name, self._cannot_recompute)(module)
+            (recomputes.get(self.name) or self._cannot_recompute)(module)
 
     def call(self, module: Module) -> Module:
         """`recompute`, returning the module. `wn(module)` is the same."""
