@@ -72,7 +72,10 @@ def built(model: str, spelling: str) -> tuple[nn.Module, Tensor]:
 BOUNDS: dict[str, Callable[[Tensor], nn.Module]] = {"scaled": Scaled, "whole": Whole}
 MIDDLE = [model for model in ROWS if "dim=1" in model]
 MISSED: list[tuple[str, str, tuple[str, ...]]] = [
-    *((model, "eager inference", ("bare",)) for model in ("10 × Linear(64)", "8 × Conv1d(256, 256, 7)")),
+    *(
+        (model, "eager inference", ("bare",))
+        for model in ("10 × Linear(64)", "8 × Conv1d(256, 256, 7)", "3 × Linear(2048)")
+    ),
     *((model, mode, tuple(BOUNDS)) for mode in ("compiled inference", "compiled training") for model in MIDDLE),
 ]
 

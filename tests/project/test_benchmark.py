@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import benchmark_models
+import bounds
 import pytest
 import speed
 import speed_of_norms
@@ -100,6 +101,24 @@ def test_everything_is_measured_unless_told_otherwise(device: str, launches: boo
     assert set(speed.cells(chosen)) == {(model, mode) for model in ROWS for mode in modes}
     chosen.models, chosen.skip = "Linear", "training"
     assert not any("Conv" in model or "training" in mode for model, mode in speed.cells(chosen))
+
+
+@pytest.mark.parametrize(("model", "mode", "least"), [*bounds.MISSED[:2], bounds.MISSED[3]])
+def test_the_least_is_measured_beside_the_spellings(model: str, mode: str, least: tuple[str, ...]) -> None:
+    found = bounds.measure(model, mode, least, seconds=0)
+    assert list(found) == [PLAIN, *OURS, *least]
+    assert all(math.isfinite(value) and value > 0 for value in found.values())
+
+
+def test_the_barest_recompute_computes_and_keeps_the_weight() -> None:
+    bare, layer = bounds.Bare(dim=0), torch.nn.Linear(3, 2)
+    expected = 2 * layer.weight.detach()
+    bare.apply(layer)
+    with torch.no_grad():
+        layer.weight_g.mul_(2)
+    bare.recompute(layer)
+    torch.testing.assert_close(layer.weight.detach(), expected)
+    assert layer.weight is layer.weight
 
 
 def test_memory_is_that_of_the_step() -> None:
