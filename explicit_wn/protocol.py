@@ -57,13 +57,13 @@ class Norm(nn.Module):
                 f'after it: {self._kind}("weight").apply(module).'
             )
         if not isinstance(name, str):
-            raise settings.refusal(self, "name", name, "a str, the name of a parameter", TypeError)
+            raise settings.wrong_setting(self, "name", name, "a str, the name of a parameter", TypeError)
         name = str.__str__(name)  # whatever a subclass says of itself
-        reason = refusals.refusal((*refusals.NAMES, refusals.NO_IDENTIFIER), Asked(self, nn.Module(), name))
+        reason = refusals.reason((*refusals.NAMES, refusals.NO_IDENTIFIER), Asked(self, nn.Module(), name))
         if reason:
             raise ValueError(f"{self._kind} cannot norm {name!r}: {reason}.")
         if not self._is_dim(getattr(self, "dim", None)):
-            raise settings.refusal(self, "dim", self.dim, self._dims_shown(), TypeError)
+            raise settings.wrong_setting(self, "dim", self.dim, self._dims_shown(), TypeError)
         if self._is_ambiguous(getattr(self, "dim", None)):
             raise ValueError(f"{self._kind}(dim=-1): {AMBIGUOUS}, or its number to keep the last dimension.")
 

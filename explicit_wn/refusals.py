@@ -241,7 +241,7 @@ def not_its_own(module: nn.Module, recipe: Recipe) -> str | None:
     return None
 
 
-def refusal(refusals: tuple[Refusal, ...], asked: Asked) -> str | None:
+def reason(refusals: tuple[Refusal, ...], asked: Asked) -> str | None:
     """Why `asked` is refused; None if it is not."""
     for holds, why in refusals:
         if holds(asked):

@@ -274,7 +274,7 @@ class Reparametrization(Norm):
     def _parameter(self, module: nn.Module, name: Any) -> nn.Parameter:
         """The parameter `name` of `module`, if it is one that can be normed."""
         asked = self._asked(module, name, "norm")
-        reason = refusals.refusal(refusals.PARAMETERS, asked)
+        reason = refusals.reason(refusals.PARAMETERS, asked)
         if reason:
             raise self._refusal(module, name, reason)
         parameter: nn.Parameter = asked.parameter
@@ -298,7 +298,7 @@ class Reparametrization(Norm):
 
     def _not_normed(self, module: nn.Module, name: str | None, verb: str) -> Exception:
         asked = self._asked(module, self.name if name is None else name, verb)
-        reason = refusals.refusal(refusals.NOT_OURS, asked) or self._not_applied(module, name, verb)
+        reason = refusals.reason(refusals.NOT_OURS, asked) or self._not_applied(module, name, verb)
         return self._refusal(module, asked.name, reason, verb=verb)
 
     def _not_applied(self, module: nn.Module, name: str | None, verb: str) -> str:

@@ -29,9 +29,9 @@ def at_least(least: int) -> Validator:
     def check(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
         wanted = f"an int from {least} up"
         if not is_int(value):
-            raise refusal(norm, field.name, value, wanted, TypeError)
+            raise wrong_setting(norm, field.name, value, wanted, TypeError)
         if value < least:
-            raise refusal(norm, field.name, value, wanted)
+            raise wrong_setting(norm, field.name, value, wanted)
 
     return check
 
@@ -42,9 +42,9 @@ def one_of(*choices: str) -> Validator:
     def check(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
         wanted = " or ".join(f'"{choice}"' for choice in choices)
         if not isinstance(value, str):
-            raise refusal(norm, field.name, value, wanted, TypeError)
+            raise wrong_setting(norm, field.name, value, wanted, TypeError)
         if value not in choices:
-            raise refusal(norm, field.name, value, wanted)
+            raise wrong_setting(norm, field.name, value, wanted)
 
     return check
 
@@ -67,27 +67,27 @@ def positive(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
 def a_bool(norm: Any, field: "attrs.Attribute[Any]", value: Any) -> None:
     """True or False."""
     if not isinstance(value, bool):
-        raise refusal(norm, field.name, value, "True or False", TypeError)
+        raise wrong_setting(norm, field.name, value, "True or False", TypeError)
 
 
 def _check_above_0(norm: Any, field: "attrs.Attribute[Any]", value: Any, wanted: str) -> None:
     _check_number(norm, field, value, wanted)
     if value == 0:
-        raise refusal(norm, field.name, value, wanted)
+        raise wrong_setting(norm, field.name, value, wanted)
 
 
 def _check_number(norm: Any, field: "attrs.Attribute[Any]", value: Any, wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise refusal(norm, field.name, value, wanted, TypeError)
+        raise wrong_setting(norm, field.name, value, wanted, TypeError)
     if not 0 <= value < math.inf:
-        raise refusal(norm, field.name, value, wanted)
+        raise wrong_setting(norm, field.name, value, wanted)
     single = torch.finfo(torch.float32)
     if 0 < value < single.tiny:
-        raise refusal(norm, field.name, value, "0 in single precision; take a larger one")
+        raise wrong_setting(norm, field.name, value, "0 in single precision; take a larger one")
     if value > single.max:
-        raise refusal(norm, field.name, value, "infinite in single precision; take a smaller one")
+        raise wrong_setting(norm, field.name, value, "infinite in single precision; take a smaller one")
 
 
-def refusal(norm: Any, setting: str, value: Any, wanted: str, error: type[Exception] = ValueError) -> Exception:
+def wrong_setting(norm: Any, setting: str, value: Any, wanted: str, error: type[Exception] = ValueError) -> Exception:
     """The error of a setting that is none: whose it is, what was given, and what is wanted."""
     return error(f"{type(norm).__name__}({setting}={value!r}): {setting} is {wanted}.")

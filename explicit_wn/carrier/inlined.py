@@ -40,13 +40,13 @@ def run_inlined(self: Any, /, *arguments: Any, **keywords: Any) -> Any:
         for one in inlined:
             if one.name in store:  # what a recompute or a read from outside left
                 forget(self, one.recipe)
-            value = store.running[thread, one.name] = one.compute(self)
+            value = store.in_forward[thread, one.name] = one.compute(self)
             if store.blocks:
                 show_to_blocks(self, one.recipe, value)
         return self._forward_of_base(*arguments, **keywords)
     finally:
         for one in inlined:
-            store.running.pop((thread, one.name), None)
+            store.in_forward.pop((thread, one.name), None)
 
 
 def recompute_inlined(module: Any) -> None:

@@ -6,16 +6,13 @@ import weakref
 from collections.abc import Callable
 from functools import cached_property
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..contexts import capture
-
-if TYPE_CHECKING:
-    from ..reparametrization import Reparametrization
 
 INLINED = "inlined"
 
@@ -24,8 +21,9 @@ INLINED = "inlined"
 class Recipe:
     """How one weight of a module is made of its parts: what `apply` decided, and nothing that changes later."""
 
-    norm: "Reparametrization"
-    """The norm with the settings that hold here: `name` is the parameter's, `dim` an index or None."""
+    norm: Any
+    """The `Reparametrization`, whose verbs are about recipes, with the settings that hold here: `name` is the
+    parameter's, `dim` an index or None."""
     parts: tuple[str, ...]
     """The suffixes of the parts, which are the formula's argument names as well."""
     owner: str
@@ -55,7 +53,8 @@ class Recipe:
     @cached_property
     def name(self) -> str:
         """The parameter's name."""
-        return self.norm.name
+        name: str = self.norm.name
+        return name
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -72,7 +71,8 @@ class Recipe:
     @cached_property
     def formula(self) -> Callable[..., Tensor]:
         """The weight from its parts and options."""
-        return type(self.norm).formula
+        formula: Callable[..., Tensor] = type(self.norm).formula
+        return formula
 
     @cached_property
     def formula_options(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Recipe:
 
     def refusal(self, module: nn.Module, error: Exception) -> ValueError:
         """What the formula says of the parts, and whose they are."""
-        return ValueError(f"{self.norm!r} cannot compute {self.name!r} of this {type(module).__name__}: {error}")
+        return ValueError(f"{self.norm!r} cannot compute {self.name!r} of this {base_of(module).__name__}: {error}")
 
 
 def _part(module: nn.Module, attribute: str) -> Tensor:
@@ -170,8 +170,11 @@ def _behind(module: nn.Module, attribute: str) -> list[Any]:
 _recipes: "weakref.WeakValueDictionary[Any, Recipe]" = weakref.WeakValueDictionary()
 
 
-def recipe_for(norm: "Reparametrization", parts: tuple[str, ...], owner: str, inlined: bool) -> Recipe:
-    """The recipe with these fields; the same one for all the layers of a model."""
+def recipe_for(norm: Any, parts: tuple[str, ...], owner: str, inlined: bool) -> Recipe:
+    """The recipe with these fields; the same one for all the layers of a model.
+
+    Its norm is made anew, of plain numbers and texts: it is shared, and its settings are written into source.
+    """
     settings, parts, owner = _settings_of(norm), tuple(map(_exact, parts)), _exact(owner)
     key = type(norm), repr(settings), parts, owner, inlined  # by repr, since 0 == 0.0
     recipe = _recipes.get(key)
@@ -194,8 +197,8 @@ def recipe_from(norm_class: Any, settings: Any, parts: tuple[str, ...], owner: s
     return recipe_for(norm_class(**values), parts, owner, inlined)
 
 
-def _settings_of(norm: "Reparametrization") -> tuple[tuple[str, Any], ...]:
-    return tuple((field.name, _exact(getattr(norm, field.name))) for field in attrs.fields(type(norm)))  # type: ignore[arg-type]
+def _settings_of(norm: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((field.name, _exact(getattr(norm, field.name))) for field in attrs.fields(type(norm)))
 
 
 def _exact(value: Any) -> Any:

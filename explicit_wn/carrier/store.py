@@ -45,7 +45,7 @@ class Store(dict[str, Stored]):
         self.blocks: dict[Block, None] = {}
         """The blocks that run, in whatever thread. One step adds or drops one: no thread can come between,
         and a lock would wait for ever where the collector ends a block in the midst of another's beginning."""
-        self.running: dict[tuple[int, str], Tensor] = {}
+        self.in_forward: dict[tuple[int, str], Tensor] = {}
         """The inlined weights of the forwards that run now, by thread and name."""
         self.copying: set[int] = set()
         """The threads that copy or pickle the module now."""

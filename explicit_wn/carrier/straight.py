@@ -32,7 +32,7 @@ def recompute(module):
         return None if store.held and not is_traced() else carefully.recompute_recipe(module, recipe)
     {tables}
     {find_parts}
-    if {parts_are_unusual} or store.running:
+    if {parts_are_unusual} or store.in_forward:
         return carefully.recompute_recipe(module, recipe)
     stored = store.pop({name!r}, None)
     if stored is not None:
@@ -93,8 +93,8 @@ def read(module):
     if capturing() or carefully.on_read is not None:
         return carefully.read(module, recipe)
     store = module._normed_store
-    if store.running:
-        value = store.running.get((get_ident(), {name!r}))
+    if store.in_forward:
+        value = store.in_forward.get((get_ident(), {name!r}))
         if value is not None:
             return value
     elif store.blocks and store.held:

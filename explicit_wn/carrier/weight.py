@@ -6,7 +6,7 @@ a tracer, parts that another tool computes, shards.
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
@@ -72,8 +72,8 @@ def _compute_and_store(
         store, sources = store_of(module), recipe.sources(module)
         sums = seal(module, recipe.name, value) if by_read else None
         store[recipe.name] = Stored(value, sources, version_of(sources), get_ident(), sums, earlier)
-        if (get_ident(), recipe.name) in store.running:  # a recompute within the forward of an inlined module
-            store.running[get_ident(), recipe.name] = value
+        if (get_ident(), recipe.name) in store.in_forward:  # a recompute within the forward of an inlined module
+            store.in_forward[get_ident(), recipe.name] = value
     return value
 
 
@@ -147,22 +147,19 @@ def read(module: nn.Module, recipe: Recipe) -> Tensor:
     if on_read is not None:
         on_read(module, recipe)
     store = store_of(module)
-    if store.running:
-        running = store.running.get((get_ident(), recipe.name))
+    if store.in_forward:
+        running = store.in_forward.get((get_ident(), recipe.name))
         if running is not None:
             return running
     stored = store.get(recipe.name)
-    not_kept = recipe.inlined and not store.held  # for others than the module's own forward
-    if stored is None or not_kept or not is_current(stored, module, recipe):
-        if stored is not None and stored.thread != get_ident():
-            return compute(module, recipe, by_read=True)
-        if _is_for_once(module, recipe):
-            forget(module, recipe)
-            return compute(module, recipe, by_read=True)
-        return refresh(module, recipe, by_read=True)
-    if stored.is_stale():
-        tell_stale(module, recipe)
-    return stored.value
+    if stored is not None and _is_given(stored, module, recipe):
+        return stored.value
+    if stored is not None and stored.thread != get_ident():
+        return compute(module, recipe, by_read=True)
+    if _is_for_once(module, recipe):
+        forget(module, recipe)
+        return compute(module, recipe, by_read=True)
+    return refresh(module, recipe, by_read=True)
 
 
 on_read: Callable[[nn.Module, Recipe], None] | None = None
@@ -174,6 +171,18 @@ def _announce() -> bool:
     """Tells of lost writes before a compiler comes, who does not see what is stored; whether it is for an export."""
     tell_before_capture()
     return capture.announce_to_dynamo()
+
+
+def _is_given(stored: Stored, module: nn.Module, recipe: Recipe) -> bool:
+    """Whether a read gives what is stored; says so if it is stale.
+
+    An inlined weight is for the forward of its own module, but within a `cached` block.
+    """
+    if (recipe.inlined and not store_of(module).held) or not is_current(stored, module, recipe):
+        return False
+    if stored.is_stale():
+        tell_stale(module, recipe)
+    return True
 
 
 def is_current(stored: Stored, module: nn.Module, recipe: Recipe) -> bool:
@@ -237,24 +246,16 @@ class FlatWeights:
         if on_read is not None and stored:
             for recipe in module._normed:
                 on_read(module, recipe)
-        current = {r.name: stored[r.name].value for r in module._normed if _has_current(module, r, stored)}
-        return [current[n] if n in current else getattr(module, n, None) for n in module._flat_weights_names]
+        there = [recipe for recipe in module._normed if recipe.name in stored]
+        given = {r.name: stored[r.name].value for r in there if _is_given(stored[r.name], module, r)}
+        return [given[n] if n in given else getattr(module, n, None) for n in module._flat_weights_names]
 
     def __set__(self, module: nn.Module, value: Any) -> None:
         """RNNs set the list wherever they think that it may be out of date; it never is."""
-
-
-def _has_current(module: nn.Module, recipe: Recipe, stored: Mapping[str, Stored]) -> bool:
-    if recipe.inlined and not store_of(module).held:
-        return False  # as in `read`
-    has = recipe.name in stored and is_current(stored[recipe.name], module, recipe)
-    if has and stored[recipe.name].is_stale():
-        tell_stale(module, recipe)
-    return has
 
 
 def in_use(module: nn.Module, name: str) -> Tensor | None:
     """The tensor that this thread was last given as the weight `name`."""
     store = store_of(module)
     stored = store.get(name)
-    return store.running.get((get_ident(), name), None if stored is None else stored.value)
+    return store.in_forward.get((get_ident(), name), None if stored is None else stored.value)

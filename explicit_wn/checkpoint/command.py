@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import files
-from .files import Asked, Tick
+from .files import Order, Tick
 from .spellings import SPELLINGS, KeptDim
 
 _DESCRIPTION = """\
@@ -46,10 +46,10 @@ and plain folds."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    asked = _parser().parse_args(arguments)
+    chosen = _parser().parse_args(arguments)
     _give_memory_back()
     try:
-        asked.run(asked)
+        chosen.run(chosen)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the report has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -130,16 +130,16 @@ def _dim(text: str) -> tuple[str, KeptDim]:
     return name, None if dim == "none" else int(dim)
 
 
-def _report(asked: Any) -> None:
-    print(files.report(asked.file))
+def _report(chosen: Any) -> None:
+    print(files.report(chosen.file))
 
 
-def _respell(asked: Any) -> None:
+def _respell(chosen: Any) -> None:
     with Progress() as progress:
-        what = Asked(asked.verb, asked.to, dict(asked.dim), asked.skip, asked.force, progress)
-        count = files.respell(asked.file, asked.output, what)
-    done = "folded" if asked.to == "plain" else "respelled"
-    print(f"{asked.output}: {count} weight{'' if count == 1 else 's'} {done}", file=sys.stderr)
+        what = Order(chosen.verb, chosen.to, dict(chosen.dim), chosen.skip, chosen.force, progress)
+        count = files.respell(chosen.file, chosen.output, what)
+    done = "folded" if chosen.to == "plain" else "respelled"
+    print(f"{chosen.output}: {count} weight{'' if count == 1 else 's'} {done}", file=sys.stderr)
 
 
 class Progress:

@@ -28,7 +28,7 @@ Tick = Callable[[int, int], None]
 
 
 @attrs.frozen
-class Asked:
+class Order:
     """What is to be done with a checkpoint."""
 
     verb: str
@@ -47,14 +47,14 @@ def report(path: Path) -> Report:
     return state.report(_read_shards(index, shards.files_of(index)))
 
 
-def respell(path: Path, out: Path, asked: Asked) -> int:
+def respell(path: Path, out: Path, order: Order) -> int:
     """Writes the checkpoint in another spelling, for an index into a folder. Returns how many weights that took."""
     if shards.is_index(path):
         with _folder(out):
-            return _respell_shards(shards.index_in(path), out, asked)
+            return _respell_shards(shards.index_in(path), out, order)
     if (out.suffix == ".safetensors") == _is_torchs(path):
         raise ValueError(f"{out} would be of another format than {path}; this command keeps the format.")
-    return _respell_torchs(path, out, asked) if _is_torchs(path) else _respell_safetensors(path, out, asked)
+    return _respell_torchs(path, out, order) if _is_torchs(path) else _respell_safetensors(path, out, order)
 
 
 def _is_torchs(path: Path) -> bool:
@@ -73,45 +73,45 @@ def _read_shards(index: Path, files: Mapping[str, Path]) -> dict[str, Any]:
     return shards.joined(index, files, {file: _read(file) for file in dict.fromkeys(files.values())})
 
 
-def _respell_shards(index: Path, out: Path, asked: Asked) -> int:
+def _respell_shards(index: Path, out: Path, order: Order) -> int:
     files = shards.files_of(index)
     formats = {_is_torchs(file) for file in files.values()}
     if len(formats) > 1:
         raise ValueError(f"{index} names .safetensors files and others; this command wants files of one format.")
     content = _read_shards(index, files)
-    entries, count = _plan(content, asked)
+    entries, count = _plan(content, order)
     groups = shards.grouped(entries, files)
-    with whole([*(out / file.name for file in groups), out / index.name], asked.force) as (*targets, new_index):
+    with whole([*(out / file.name for file in groups), out / index.name], order.force) as (*targets, new_index):
         if True in formats:
-            _write_torchs(content, groups, targets, count, asked)
+            _write_torchs(content, groups, targets, count, order)
         else:
-            _write_safetensors(content, groups, targets, asked)
+            _write_safetensors(content, groups, targets, order)
         new_index.write(shards.index_of(content, groups))
     return count
 
 
-def _plan(content: Mapping[str, Any], asked: Asked) -> tuple[dict[str, Entry], int]:
+def _plan(content: Mapping[str, Any], order: Order) -> tuple[dict[str, Entry], int]:
     """The entries of the result, and how many weights are among them that were in parts."""
-    known = state.names_in(content, asked.dims)
-    state.check_names(asked.verb, known, asked.dims, asked.skip)
-    return state.plan(asked.verb, content, asked.to, asked.dims, asked.skip), len(known - set(asked.skip))
+    known = state.names_in(content, order.dims)
+    state.check_names(order.verb, known, order.dims, order.skip)
+    return state.plan(order.verb, content, order.to, order.dims, order.skip), len(known - set(order.skip))
 
 
 Groups = Mapping[Path, Mapping[str, Entry]]
 
 
-def _write_torchs(content: Mapping[str, Any], groups: Groups, files: list[BinaryIO], count: int, asked: Asked) -> None:
-    with _kept(Path(files[0].name).parent, count, asked) as place:
-        values = state.respelled(asked.verb, content, asked.to, asked.dims, asked.skip, place)
+def _write_torchs(content: Mapping[str, Any], groups: Groups, files: list[BinaryIO], count: int, order: Order) -> None:
+    with _scratch(Path(files[0].name).parent, count, order) as place:
+        values = state.respelled(order.verb, content, order.to, order.dims, order.skip, place)
         for group, file in zip(groups.values(), files, strict=True):
             torch.save({name: values[name] for name in group}, file)
 
 
-def _write_safetensors(content: Mapping[str, InFile], groups: Groups, files: list[BinaryIO], asked: Asked) -> None:
+def _write_safetensors(content: Mapping[str, InFile], groups: Groups, files: list[BinaryIO], order: Order) -> None:
     ticks, total = itertools.count(1), sum(map(len, groups.values()))
     for (source, group), file in zip(groups.items(), files, strict=True):
         _, metadata = read_header(source)
-        _write_one(content, group, metadata, file, lambda: asked.tick(next(ticks), total))
+        _write_one(content, group, metadata, file, lambda: order.tick(next(ticks), total))
 
 
 # Files of torch
@@ -137,20 +137,20 @@ def _load(path: Path) -> Any:
     raise ValueError(f"{path} cannot be read by torch.load with weights_only: {why}.")
 
 
-def _respell_torchs(path: Path, out: Path, asked: Asked) -> int:
-    with whole([out], asked.force) as (file,):
+def _respell_torchs(path: Path, out: Path, order: Order) -> int:
+    with whole([out], order.force) as (file,):
         loaded = _load(path)
-        names = state.names_in(loaded, asked.dims) - set(asked.skip) if isinstance(loaded, Mapping) else set()
-        with _kept(out.parent, len(names), asked) as place:
-            torch.save(state.respelled(asked.verb, loaded, asked.to, asked.dims, asked.skip, place), file)
+        names = state.names_in(loaded, order.dims) - set(order.skip) if isinstance(loaded, Mapping) else set()
+        with _scratch(out.parent, len(names), order) as place:
+            torch.save(state.respelled(order.verb, loaded, order.to, order.dims, order.skip, place), file)
     return len(names)
 
 
 @contextlib.contextmanager
-def _kept(folder: Path, total: int, asked: Asked) -> Iterator["_Mapped"]:
+def _scratch(folder: Path, total: int, order: Order) -> Iterator["_Mapped"]:
     """A place for the weights that are made, in the folder of the result."""
     with tempfile.TemporaryDirectory(prefix=".weights.", dir=folder) as kept:
-        yield _Mapped(Path(kept), total, asked.tick)
+        yield _Mapped(Path(kept), total, order.tick)
 
 
 @attrs.define
@@ -173,11 +173,11 @@ class _Mapped:
 # Files of safetensors
 
 
-def _respell_safetensors(path: Path, out: Path, asked: Asked) -> int:
+def _respell_safetensors(path: Path, out: Path, order: Order) -> int:
     content = _read(path)
-    entries, count = _plan(content, asked)
-    with whole([out], asked.force) as files:
-        _write_safetensors(content, {path: entries}, files, asked)
+    entries, count = _plan(content, order)
+    with whole([out], order.force) as files:
+        _write_safetensors(content, {path: entries}, files, order)
     return count
 
 

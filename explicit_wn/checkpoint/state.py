@@ -273,7 +273,11 @@ def _spectral_norm(norm: Normed, orig: Tensor, parts: Mapping[str, Tensor]) -> T
 
 def _dim_that_fits(norm: Normed, orig: Tensor, u: Tensor, v: Tensor) -> KeptDim:
     """The dim for which u and v are singular vectors, nearly; any of them if all give the same σ."""
-    tried = {dim: _fit(functional.as_matrix(orig, dim).to(u.dtype), u, v) for dim in norm.dims if dim is not None}
+    tried = {
+        dim: _sigma_and_cosine(functional.as_matrix(orig, dim).to(u.dtype), u, v)
+        for dim in norm.dims
+        if dim is not None
+    }
     sigmas = torch.stack([sigma for sigma, _ in tried.values()])
     fits = sorted(tried, key=lambda dim: tried[dim][1], reverse=True)
     if tried[fits[0]][1] > 0.999 and tried[fits[1]][1] < 0.9:
@@ -286,7 +290,7 @@ def _dim_that_fits(norm: Normed, orig: Tensor, u: Tensor, v: Tensor) -> KeptDim:
     )
 
 
-def _fit(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, float]:
+def _sigma_and_cosine(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, float]:
     """σ, and the cosine between u and where the matrix takes v, or v and where its transpose takes u."""
     right, left = torch.mv(matrix, v), torch.mv(matrix.t(), u)
     sigma = torch.dot(u, right)

@@ -62,7 +62,7 @@ def is_getattr_torchs() -> bool:
 def is_ordinary() -> bool:
     """Whether nothing of all that goes on: what runs now runs for its numbers alone.
 
-    What the three functions above say, in one call: every recompute asks.
+    What `capturing`, `is_transformed` and `is_getattr_torchs` say, in one call: every recompute asks.
     """
     return not (
         capturing()

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..contexts.capture import capturing, is_captured, kept_copy
 from ..contexts.torchscript import is_scripting, is_traced, is_tracing
 from .shapes import fitting
-from .weight import is_empty, norm_except_dim, shape_of_g, weight_norm
+from .weight import is_empty, length_of, shape_of_g, weight_norm
 
 
 def unit_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> Tensor:
@@ -27,7 +27,7 @@ def forced_weight_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0, gain
     tensor([[1.2000, 1.6000]])
     """
     v = kept(v)
-    return v * (gain / _length(v, dim, eps))
+    return v * (gain / length_of(v, dim, eps))
 
 
 def unit_norm_by_kernel(v: Tensor, dim: Optional[int], eps: float) -> Optional[Tensor]:
@@ -55,7 +55,7 @@ def renorm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> None:
     tensor([[0.6000, 0.8000]])
     """
     v = v.detach()
-    _multiply(v, 1.0 / _length(v, dim, eps))
+    _multiply(v, 1.0 / length_of(v, dim, eps))
 
 
 def force_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> None:
@@ -69,7 +69,7 @@ def force_norm(v: Tensor, dim: Optional[int] = 0, eps: float = 0.0) -> None:
     v = v.detach()
     if is_empty(v):
         return
-    norm = _length(v, dim, eps)
+    norm = length_of(v, dim, eps)
     _multiply(v, (v.numel() / norm.numel()) ** 0.5 / norm)
 
 
@@ -85,11 +85,6 @@ def weight_standardization(v: Tensor, gain: Tensor, dim: int = 0, eps: float = 0
     rows = v.movedim(dim, 0).flatten(1)
     centered = v - rows.mean(1).view_as(gain)
     return weight_norm(centered, gain * (v.numel() / gain.numel()) ** 0.5, dim, eps)
-
-
-def _length(v: Tensor, dim: Optional[int], eps: float) -> Tensor:
-    norm = norm_except_dim(v, 2, dim)
-    return norm.clamp_min(eps) if eps > 0.0 else norm
 
 
 def _multiply(v: Tensor, factor: Tensor) -> None:

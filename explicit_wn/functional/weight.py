@@ -69,8 +69,8 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
             norm = torch.norm_except_dim(v.to(wide), 2, -1 if dim is None else dim).clamp_min(eps)
             return (v.to(wide) * (g.to(wide) / norm)).to(v.dtype)
         elif isinstance(v, Tensor) and v.element_size() < 4:
-            return _clamped(v.float(), g.float(), dim, eps).to(v.dtype)
-        return _clamped(v, g, dim, eps)
+            return (v.float() * (g.float() / length_of(v.float(), dim, eps))).to(v.dtype)
+        return v * (g / length_of(v, dim, eps))
     if dim is not None and dim > 0 and _is_for_middle_dim(v, dim):
         if is_scripting():
             return middle_dim.weight_norm(v, g, dim)
@@ -95,8 +95,7 @@ def scaled_weight_norm(
     if clip is None:
         return weight_norm(v, g, dim, eps)
     g = fitting(v, g, dim)
-    norm = norm_except_dim(v, 2, dim)
-    return v * (g / (norm.clamp_min(eps) if eps > 0.0 else norm)).clamp_max(clip)
+    return v * (g / length_of(v, dim, eps)).clamp_max(clip)
 
 
 def scaled_weight_norm_by_kernel(
@@ -135,8 +134,10 @@ def shape_of_g(shape: tuple[int, ...], dim: Optional[int]) -> tuple[int, ...]:
     return () if dim is None else tuple(n if d == dim else 1 for d, n in enumerate(shape))
 
 
-def _clamped(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Tensor:
-    return v * (g / norm_except_dim(v, 2, dim).clamp_min(eps))
+def length_of(v: Tensor, dim: Optional[int], eps: float) -> Tensor:
+    """`max(‖v‖, eps)`, which at `eps=0` is ‖v‖."""
+    norm = norm_except_dim(v, 2, dim)
+    return norm.clamp_min(eps) if eps > 0.0 else norm
 
 
 # torch.fx traces with what is no Tensor, and torch.jit.trace with a numel() that is one: neither can be branched on

@@ -147,8 +147,8 @@ def _tied(model: nn.Module) -> Iterator[Finding]:
                 yield Finding(part, "tied", f"it is {other} as well, and no other part is: share the whole module")
 
 
-def _not_optimized(model: nn.Module, held: set[int]) -> Iterator[Finding]:
+def _not_optimized(model: nn.Module, optimized: set[int]) -> Iterator[Finding]:
     for name, part in _parts(model):
-        if part.requires_grad and id(part) not in held:
+        if part.requires_grad and id(part) not in optimized:
             way_out = f'optimizer.add_param_group({{"params": [model.get_parameter("{name}")]}})'
             yield Finding(name, "not in the optimizer", way_out)

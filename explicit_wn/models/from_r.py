@@ -21,10 +21,10 @@ from ..table import shape_shown
 from . import spellings
 from .verbs import Model, check_model
 
-Path = str | os.PathLike[str]
+FileName = str | os.PathLike[str]
 
 
-def load_r(model: Model, path: Path) -> Model:
+def load_r(model: Model, path: FileName) -> Model:
     """Loads what `torch_save(module, path)` of torch for R wrote into `model`, in place, and returns it.
 
     The submodules are called as in R; the layers of an RNN count from 0 here and from 1 there. A weight that is normed
@@ -67,7 +67,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], norms: "dict[str, _Normed]
 # The file
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: FileName) -> dict[str, Tensor]:
     """The tensors of a module of R's, by R's names for them."""
     try:
         from safetensors import SafetensorError, safe_open
@@ -88,7 +88,7 @@ _OBJECT = "__robj__"
 """The entry that is the R object itself."""
 
 
-def _check_kind(path: Path, metadata: dict[str, str] | None) -> None:
+def _check_kind(path: FileName, metadata: dict[str, str] | None) -> None:
     kind = json.loads((metadata or {}).get("__r__", "{}")).get("type", "module")
     if kind != "module":
         raise ValueError(
@@ -156,7 +156,7 @@ def _join(name: str, state: dict[str, Tensor], in_r: str) -> Iterator[str]:
     """Replaces the parts of a weight in the file by the weight."""
     g, v = state.pop(f"{name}_g"), state.pop(f"{name}_v")
     state[name] = v
-    kept = _kept(g, v)
+    kept = _dims_of_g(g, v)
     if not kept:
         yield f"'{in_r}_g' of the file, {_shown(g)}, is no magnitude of a weight {_shown(v)}"
         return
@@ -168,7 +168,7 @@ def _join(name: str, state: dict[str, Tensor], in_r: str) -> Iterator[str]:
     state[name] = norm.formula(v, g.reshape(norm.split(v)["g"].shape), kept[0])
 
 
-def _kept(g: Tensor, v: Tensor) -> list[int | None]:
+def _dims_of_g(g: Tensor, v: Tensor) -> list[int | None]:
     """The dim that a magnitude was made for, None for the whole tensor; nothing if it was made for no dim of `v`."""
     if g.numel() == 1:
         return [None]
@@ -225,7 +225,7 @@ def _way_out(name: str, state: dict[str, Tensor], own: dict[str, Any]) -> str:
     weight, v = name[:-2], f"{name[:-2]}_v"
     if not name.endswith("_g") or v not in state or v not in own or state[v].shape != own[v].shape:
         return ""
-    dims = [None if kept is None else kept + 1 for kept in _kept(state[name], state[v])]
+    dims = [None if kept is None else kept + 1 for kept in _dims_of_g(state[name], state[v])]
     return f"; it was normed with WeightNorm.from_r({weight.rpartition('.')[2]!r}, {dims[0]})" if dims else ""
 
 

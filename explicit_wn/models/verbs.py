@@ -34,6 +34,29 @@ def normed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Reparametrization
             yield qualified(path, recipe.name), module, recipe.norm
 
 
+def weights_of(
+    verb: str, model: nn.Module, names: Collection[str] | None = None
+) -> dict[str, tuple[nn.Module, carrier.Recipe]]:
+    """The weights of ours with these names, or all, in the order of the model; `verb` is who asks."""
+    check_model(verb, model)
+    shared = names is not None  # which may be asked for by each of its names
+    found = {
+        qualified(path, recipe.name): (module, recipe)
+        for path, module in model.named_modules(remove_duplicate=not shared)
+        for recipe in carrier.recipes_of(module)
+    }
+    unknown = [name for name in names or () if name not in found]
+    if unknown or not found:
+        what = f"makes {unknown[0]!r} of" if unknown else "makes a weight of"
+        kind, shown = carrier.base_of(model).__name__, ", ".join(map(repr, found)) or "none"
+        raise ValueError(
+            f"{verb}: no norm of explicit_wn {what} this {kind}; the weights that one makes: {shown}. "
+            "WeightNorm().apply(module) norms a weight, apply_all(model, WeightNorm()) those of a model, and "
+            "convert(model) takes over the norms of torch."
+        )
+    return {name: weight for name, weight in found.items() if names is None or name in names}
+
+
 def apply_all(model: nn.Module, norm: Reparametrization, where: Where | None = None) -> list[str]:
     """Inlines `norm` in every matching layer of `model`, or, if one refuses, in none; returns the weights' names.
 
@@ -114,7 +137,7 @@ def cached(model: Model) -> Iterator[Model]:
             recompute_all(model)
             block.active = True
             yield model
-            _tell_lost_writes(carriers)
+            _tell_what_ends_with_the_block(carriers)
         finally:
             block.active = False  # from here on no weight is held, whatever interrupts the rest
     finally:
@@ -123,7 +146,7 @@ def cached(model: Model) -> Iterator[Model]:
             store.end(block, names)
 
 
-def _tell_lost_writes(carriers: list[nn.Module]) -> None:
+def _tell_what_ends_with_the_block(carriers: list[nn.Module]) -> None:
     for module in carriers:
         for recipe in carrier.recipes_of(module):
             if recipe.inlined:  # whose weight ends with the block

@@ -7,10 +7,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from .. import carrier, settings
+from .. import settings
 from ..carrier import Block, Recipe, store_of
-from ..layers import qualified
-from ..models.verbs import check_model
+from ..models.verbs import weights_of
 from ..table import Table, parts_shown, shape_shown
 from .steps import Steps, steps_of
 
@@ -167,8 +166,7 @@ def record(
 
     ```
     """
-    check_model("record", model)
-    chosen = _chosen(model, [names] if isinstance(names, str) else names)
+    chosen = weights_of("record", model, [names] if isinstance(names, str) else names)
     _check_limits(chosen, every, limit)
     listener = _Listener(
         names={(id(module), recipe.name): name for name, (module, recipe) in chosen.items()},
@@ -184,28 +182,7 @@ def record(
             store.end(listener, not_kept)
 
 
-_Weights = dict[str, tuple[nn.Module, Recipe]]
-
-
-def _chosen(model: nn.Module, names: Collection[str] | None) -> _Weights:
-    """The weights that are asked for, in the order of the model."""
-    found = {
-        qualified(path, recipe.name): (module, recipe)
-        for path, module in model.named_modules()
-        for recipe in carrier.recipes_of(module)
-    }
-    unknown = [name for name in names or () if name not in found]
-    if unknown or not found:
-        what = f"makes {unknown[0]!r} of" if unknown else "makes a weight of"
-        kind, names_shown = carrier.base_of(model).__name__, ", ".join(map(repr, found)) or "none"
-        raise ValueError(
-            f"record: no norm of explicit_wn {what} this {kind}; the weights that one makes: {names_shown}. "
-            "apply_all(model, WeightNorm()) norms the weights of a model."
-        )
-    return found if names is None else {name: weight for name, weight in found.items() if name in names}
-
-
-def _check_limits(weights: _Weights, every: int, limit: int) -> None:
+def _check_limits(weights: dict[str, tuple[nn.Module, Recipe]], every: int, limit: int) -> None:
     """Refuses what is no limit, and one that not even a single step keeps within."""
     for what, value in ("every", every), ("limit", limit):
         if not settings.is_int(value) or value < 1:

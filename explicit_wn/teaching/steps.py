@@ -7,10 +7,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from .. import carrier
 from ..carrier import Recipe
-from ..layers import qualified
-from ..models.verbs import check_model
+from ..models.verbs import weights_of
 from ..table import Table, shape_shown
 
 
@@ -96,19 +94,7 @@ def steps(module: nn.Module, name: str = "weight", gradient: Tensor | None = Non
 
     ```
     """
-    check_model("steps", module)
-    found = {
-        qualified(path, recipe.name): (owner, recipe)
-        for path, owner in module.named_modules(remove_duplicate=False)
-        for recipe in carrier.recipes_of(owner)
-    }
-    if name not in found:
-        kind, names = carrier.base_of(module).__name__, ", ".join(map(repr, found)) or "none"
-        raise ValueError(
-            f"no norm of explicit_wn makes {name!r} of this {kind}; the weights that one makes: {names}. "
-            "WeightNorm().apply(module) norms a weight, and convert(model) takes over the norms of torch."
-        )
-    owner, recipe = found[name]
+    owner, recipe = weights_of("steps", module, [name])[name]
     recipe.compute(owner)  # refused where the parts do not belong together
     return steps_of(recipe, recipe.read(owner), lambda: recipe.compute(owner), gradient)
 

@@ -539,6 +539,7 @@ def test_whoever_looks_and_looks_is_not_watched_for_ever() -> None:
         assert carrier.store_of(layer)["weight"].seal is not None
     layer.weight.sum().item()
     assert carrier.store_of(layer)["weight"].seal is None
+    layer.weight.sum().item()  # with the one before goes what that had kept
     assert carrier.store_of(layer)["weight"].earlier == ()
 
 

@@ -403,7 +403,7 @@ def everything_stored(model: nn.Module) -> Iterator[Tensor]:
             store = carrier.store_of(module)
             for stored in store.values():
                 yield from (stored.value, *stored.sources)
-            yield from store.running.values()
+            yield from store.in_forward.values()
 
 
 def assert_nothing_is_left(model: nn.Module, own: list[tuple[str, int]], attributes: list[list[str]]) -> None:
@@ -416,7 +416,7 @@ def assert_nothing_is_left(model: nn.Module, own: list[tuple[str, int]], attribu
     for module in model.modules():
         if carrier.recipes_of(module):
             store = carrier.store_of(module)
-            assert not store.running
+            assert not store.in_forward
             assert not store.blocks
             assert not store.copying
 

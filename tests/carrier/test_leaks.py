@@ -107,4 +107,4 @@ def test_the_weights_of_threads_that_ended_are_not_kept() -> None:
     gc.collect()
     assert sum(weight() is not None for weight in weights) <= len(list(normed(model)))  # the last thread's
     for _, module, _ in normed(model):
-        assert not carrier.store_of(module).running
+        assert not carrier.store_of(module).in_forward

@@ -175,7 +175,7 @@ def test_sixteen_threads_in_inference_give_the_outputs_and_read_the_weights_of_t
 
     in_threads(*(lambda index=index: work(index) for index in range(THREADS)))
     for module, _ in normed_of(model):
-        assert not carrier.store_of(module).running
+        assert not carrier.store_of(module).in_forward
 
 
 @every_case
@@ -349,7 +349,7 @@ def test_what_another_thread_does_between_any_two_instructions_is_not_seen(case:
     for index in first.values():
         instructions_run(outer, inner, index)
     for module, _ in normed_of(model):
-        assert not carrier.store_of(module).running
+        assert not carrier.store_of(module).in_forward
         assert not carrier.store_of(module).blocks
 
 

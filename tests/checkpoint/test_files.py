@@ -12,11 +12,11 @@ from torch import Tensor
 
 from explicit_wn import checkpoint
 from explicit_wn.checkpoint import files
-from explicit_wn.checkpoint.files import Asked
+from explicit_wn.checkpoint.files import Order
 from explicit_wn.checkpoint.format import read_header
 
 safetensors = pytest.importorskip("safetensors.torch")
-FOLD = Asked("fold")
+FOLD = Order("fold")
 
 
 def state() -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def test_a_file_becomes_what_its_state_dict_becomes(suffix: str, to: str, tmp_pa
     before, out = state(), tmp_path / f"out{suffix}"
     path = save(before, tmp_path / f"in{suffix}")
     content, ticks = path.read_bytes(), []
-    assert files.respell(path, out, Asked("respell", to, tick=lambda *done: ticks.append(done))) == 3
+    assert files.respell(path, out, Order("respell", to, tick=lambda *done: ticks.append(done))) == 3
     assert ticks == [(done, len(ticks)) for done in range(1, len(ticks) + 1)]
     same(load(out), checkpoint.respell(before, to))
     assert path.read_bytes() == content
@@ -165,7 +165,7 @@ def test_shards_are_done_in_one_call(name: str, by: str, to: str, tmp_path: Path
     out = tmp_path / "out"
     assert str(files.report(folder)) == str(files.report(folder / name))
     assert {row.name for row in files.report(folder).rows} == {row.name for row in checkpoint.report(before).rows}
-    assert files.respell(folder if by == "folder" else folder / name, out, Asked("respell", to)) == 3
+    assert files.respell(folder if by == "folder" else folder / name, out, Order("respell", to)) == 3
     index = json.loads((out / name).read_text())
     wanted = checkpoint.respell(before, to)
     names = set(index["weight_map"].values())
@@ -217,7 +217,7 @@ def test_what_exists_stays_unless_forced_and_a_file_may_replace_itself(suffix: s
         files.respell(path, out, FOLD)
     assert out.read_text() == "precious"
     for target in out, path:
-        files.respell(path, target, Asked("fold", force=True))
+        files.respell(path, target, Order("fold", force=True))
         same(load(target), checkpoint.fold(before))
 
 

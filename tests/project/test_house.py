@@ -17,9 +17,6 @@ PACKAGE = Path(explicit_wn.__file__).parent
 ROOMS = ("contexts", "functional", "carrier", "norms", "models", "teaching", "checkpoint")
 """The folders, from the lowest: none uses one that comes after it. The files beside them stand where these let them."""
 
-FOR_TYPES_ALONE = {("explicit_wn.carrier.recipe", "explicit_wn.reparametrization")}
-"""A recipe is of a norm, whose verbs are about recipes: the annotations go round, and the imports do not."""
-
 
 def name_of(file: Path) -> str:
     return ".".join(part for part in file.relative_to(PACKAGE.parent).with_suffix("").parts if part != "__init__")
@@ -49,10 +46,7 @@ def imports_of(name: str, file: Path, names: Mapping[str, object]) -> Iterator[s
 
 
 def graph() -> dict[str, set[str]]:
-    found = {name: set(imports_of(name, file, FILES)) for name, file in FILES.items()}
-    for name, other in FOR_TYPES_ALONE:
-        found[name].remove(other)
-    return found
+    return {name: set(imports_of(name, file, FILES)) for name, file in FILES.items()}
 
 
 def test_no_module_imports_one_that_imports_it() -> None:

@@ -218,7 +218,7 @@ def test_nothing_of_the_model_is_kept_alive() -> None:
 def test_what_cannot_be_recorded_is_refused_before_anything_happens() -> None:
     net, plain = Net(), nn.Linear(2, 2)
     for model, settings, said in (
-        (plain, {}, "makes a weight of this Linear; the weights that one makes: none. apply_all"),
+        (plain, {}, "makes a weight of this Linear; the weights that one makes: none. WeightNorm"),
         (net, {"names": ["fc.weight"]}, "makes 'fc.weight' of this Net; the weights that one makes: 'lined.weight', "),
         (net, {"every": 0}, "every is an int of 1 or more, not 0"),
         (net, {"limit": 2.5}, "limit is an int of 1 or more, not 2.5"),
