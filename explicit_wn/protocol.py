@@ -7,8 +7,8 @@ import attrs
 from torch import Tensor, nn
 
 from . import refusals, settings
+from .mistakes import Written, mistake
 from .refusals import Asked
-from .written import Written, mistake
 
 Self = TypeVar("Self", bound="Norm")
 
@@ -148,6 +148,8 @@ class Norm(nn.Module):
             foreign = f"{prefix}parametrizations.{self.name}.{spelling}"
             if foreign in state_dict:
                 state_dict[f"{prefix}{self.name}_{part}"] = state_dict.pop(foreign)
+
+    # What its author wrote
 
     def _read_class(self) -> None:
         """Refuses a class whose author made a mistake, when the first object is made of it."""

@@ -193,6 +193,11 @@ def is_reserved(name: str) -> bool:
     return ours or name.startswith(("__", "_normed")) or unicodedata.normalize("NFKC", name) != name
 
 
+def no_values(weight: Tensor, current: Tensor) -> str | None:
+    """Why `weight` cannot be given to a module whose weight is `current`; None if it has values, or neither has."""
+    return "it is a meta tensor, which has no values" if weight.is_meta and not current.is_meta else None
+
+
 def odd_kind(weight: Tensor) -> str | None:
     """Why a weight of that dtype and layout is not normed; None if it is."""
     if weight.is_floating_point() and weight.layout is torch.strided and torch.finfo(weight.dtype).bits >= 16:

@@ -1,22 +1,22 @@
-"""The verbs that every norm shares, over one module; what a norm is by itself stands in `protocol.py`."""
+"""The verbs that every norm shares, over one module.
+
+What a norm is by itself stands in `protocol.py`; which weights a verb means, and how it refuses, in `asking.py`.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
-import attrs
 import torch
 from torch import Tensor, nn
 
 from . import carrier, refusals
+from .asking import Asking
 from .carrier import Recipe, all_or_nothing, recipe_for, store_of, values_or_nothing
 from .contexts.interface import WhatApplyReturns
-from .contexts.torchscript import is_scripted, is_scripting
+from .contexts.torchscript import is_scripting
 from .folded import Folded as Folded  # where pickles of folded models look for it
-from .layers import TRANSPOSED
-from .protocol import AMBIGUOUS, Norm
-from .refusals import Asked
+from .mistakes import mistake_in_parts, mistake_in_weight
 from .settings import Dim
-from .written import mistake_in_parts, mistake_in_weight
 
 Module = TypeVar("Module", bound=nn.Module)
 Self = TypeVar("Self", bound="Reparametrization")
@@ -24,7 +24,7 @@ Self = TypeVar("Self", bound="Reparametrization")
 _NONE: dict[str, Any] = {}
 
 
-class Reparametrization(Norm):
+class Reparametrization(Asking):
     """An object that makes a weight out of parts, when it is called.
 
     A norm of one's own is an attrs class, decorated as below (so that attrs leaves what is nn.Module's to it). It has
@@ -34,6 +34,7 @@ class Reparametrization(Norm):
       TorchScript compiles it;
     - `split`: the parts from a weight, by the formula's names for them.
 
+    >>> import attrs
     >>> norm = attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP, repr=False)
     >>> @norm
     ... class Exponential(Reparametrization):
@@ -183,13 +184,10 @@ class Reparametrization(Norm):
         """Sets the parts, in place, so that the weight becomes `weight`; returns `module`."""
         recipe = self._recipe(module, name, "assign")
         current = recipe.compute(module)
-        self._check(module, recipe.name, refusals.odd_shape(weight, current.shape), "assign")
-        objection = refusals.odd_kind(weight) or recipe.norm.objection(weight) or recipe.norm.no_inverse(weight)
-        if weight.is_meta and not current.is_meta:
-            objection = "it is a meta tensor, which has no values"
-        if objection:
-            raise self._refusal(module, recipe.name, objection, verb="assign")
-        self._check(module, recipe.name, refusals.not_its_own(module, recipe), "assign")
+        why_not = refusals.odd_shape(weight, current.shape) or refusals.odd_kind(weight)
+        why_not = why_not or refusals.no_values(weight, current)
+        why_not = why_not or recipe.norm.objection(weight) or recipe.norm.no_inverse(weight)
+        self._check(module, recipe.name, why_not or refusals.not_its_own(module, recipe), "assign")
         with torch.no_grad():
             values = recipe.norm.inverse(weight.detach().to(current))
             parts = recipe.read(module)
@@ -235,113 +233,3 @@ class Reparametrization(Norm):
             own = module._buffers if part in self.buffer_parts else module._parameters
             own[recipe.attribute(part)] = value  # type: ignore[assignment]
         carrier.carry(module, (*carrier.recipes_of(module), recipe))
-
-    def _resolve(self: Self, module: Any, name: str | None, dim: Dim) -> tuple[Self, nn.Parameter]:
-        """This norm with the settings that hold for one parameter of `module`, and that parameter."""
-        self._check_class()
-        name = self.name if name is None else name
-        name = str.__str__(name) if isinstance(name, str) else name  # whatever a subclass says of itself
-        self._check_module(module, name)
-        weight = self._parameter(module, name)
-        changes: dict[str, Any] = {"name": name}
-        if hasattr(self, "dim"):
-            changes["dim"] = self._resolve_dim(module, name, self.dim if dim is None else dim, weight.dim())
-        norm = attrs.evolve(self, **changes)  # type: ignore[misc]
-        objection = norm.objection(weight)
-        if objection:
-            raise self._refusal(module, name, objection)
-        return norm, weight
-
-    def _resolve_dim(self, module: nn.Module, name: str, dim: Any, ndim: int) -> int | None:
-        dim = self.default_dim if dim is None else dim
-        if dim is None:
-            return None
-        if isinstance(dim, str) and dim == "out":
-            return 1 if ndim > 1 and isinstance(module, TRANSPOSED) else 0
-        if not self._is_dim(dim):
-            raise self._refusal(module, name, f"dim is {self._dims_shown()}, not {dim!r}", TypeError)
-        if dim == "whole":
-            return None
-        if self._is_ambiguous(dim):
-            raise self._refusal(module, name, f"{AMBIGUOUS}, or dim={ndim - 1} to keep the last dimension")
-        if not -ndim <= dim < ndim:
-            first = self._counts_from if dim > 0 and dim == getattr(self, "dim", None) else 0
-            reason = f"dim={dim + first} is out of range for a weight of {ndim} dimensions; take one from {first} to "
-            reason += f'{ndim - 1 + first}, or "{self._named_dims()[-1]}"'
-            raise self._refusal(module, name, reason + first * " (as R counts them)")
-        return int(dim) % ndim
-
-    def _parameter(self, module: nn.Module, name: Any) -> nn.Parameter:
-        """The parameter `name` of `module`, if it is one that can be normed."""
-        asked = self._asked(module, name, "norm")
-        reason = refusals.reason(refusals.PARAMETERS, asked)
-        if reason:
-            raise self._refusal(module, name, reason)
-        parameter: nn.Parameter = asked.parameter
-        return parameter
-
-    def _asked(self, module: nn.Module, name: Any, verb: str) -> Asked:
-        asked = Asked(self, module, name)
-        if not isinstance(name, str):
-            reason = f"a parameter's name is a str; its parameters are {asked.names}"
-            raise self._refusal(module, name, reason, TypeError, verb)
-        return asked
-
-    def _check_module(self, module: Any, name: Any, verb: str = "norm") -> None:
-        if not isinstance(module, nn.Module) or is_scripted(module):
-            kind = f"the class {module.__name__}" if isinstance(module, type) else refusals.kind_of(module)
-            raise TypeError(f"{self!r} cannot {verb} {name!r} of {kind}: give it an nn.Module in eager mode.")
-
-    def _cannot_recompute(self, module: Any) -> None:
-        self._check_module(module, self.name, "recompute")
-        raise self._not_normed(module, None, "recompute")
-
-    def _not_normed(self, module: nn.Module, name: str | None, verb: str) -> Exception:
-        asked = self._asked(module, self.name if name is None else name, verb)
-        reason = refusals.reason(refusals.NOT_OURS, asked) or self._not_applied(module, name, verb)
-        return self._refusal(module, asked.name, reason, verb=verb)
-
-    def _not_applied(self, module: nn.Module, name: str | None, verb: str) -> str:
-        by = ", ".join(repr(recipe.norm) for recipe in carrier.recipes_of(module)) or "no norm"
-        reason = f"{self._kind}.apply(module) was not called for it, or remove ended it; this module carries {by}"
-        own = ", ".join(repr(recipe.name) for recipe in self._own(module, None))
-        if own:
-            reason += f", and this object norms {own} in it"
-        if any(self._own(layer, name) for layer in module.modules()):
-            way_out = "use explicit_wn.recompute_all(module)" if verb == "recompute" else "give it one of those"
-            reason += f", but modules within it do: {way_out}"
-        return reason
-
-    def _own(self, module: nn.Module, name: str | None) -> list[Recipe]:
-        """What this object does in `module`, if anything: to `name`, or to all that it was applied to."""
-        ours = [recipe for recipe in carrier.recipes_of(module) if self._label in recipe.labels]
-        found = [recipe for recipe in ours if name is None or recipe.name == name]
-        if not found and name is not None:
-            found = [r for r in carrier.recipes_of(module) if r.name == name and type(r.norm) is type(self)]
-        return found
-
-    def _recipes(self, module: Any, name: str | None, verb: str) -> list[Recipe]:
-        """`_own`, of which there must be some."""
-        self._check_module(module, self.name if name is None else name, verb)
-        found = self._own(module, name)
-        if not found:
-            raise self._not_normed(module, name, verb)
-        return found
-
-    def _recipe(self, module: Any, name: str | None, verb: str) -> Recipe:
-        recipes = self._recipes(module, name, verb)
-        recipes = [recipe for recipe in recipes if recipe.name == self.name] or recipes
-        if len(recipes) > 1:
-            names = ", ".join(repr(recipe.name) for recipe in recipes)
-            raise self._refusal(module, self.name, f"it was applied to {names}; say which with name=", verb="choose")
-        return recipes[0]
-
-    def _check(self, module: nn.Module, name: str, reason: str | None, verb: str) -> None:
-        if reason:
-            raise self._refusal(module, name, reason, verb=verb)
-
-    def _refusal(
-        self, module: nn.Module, name: Any, reason: str, error: type[Exception] = ValueError, verb: str = "norm"
-    ) -> Exception:
-        """The error of every refused call: who, what, of which class, why, and the way out."""
-        return error(f"{self!r} cannot {verb} {name!r} of this {carrier.base_of(module).__name__}: {reason}.")

@@ -74,6 +74,7 @@ TESTS = {
     "norms/unit_norm": "other_norms",
     "norms/weight_norm": "weight_norm numerics properties bad_input steps",
     "norms/weight_standardization": "other_norms",
+    "asking": "bad_input reparametrization author",
     "protocol": "author reparametrization carrier other_norms",
     "refusals": "bad_input author reparametrization spectral_norm",
     "settings": "bad_input author other_norms",
@@ -82,7 +83,7 @@ TESTS = {
     "teaching/record": "record",
     "teaching/stale": "stale",
     "teaching/steps": "steps",
-    "written": "author",
+    "mistakes": "author",
 }
 
 
