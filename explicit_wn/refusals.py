@@ -107,21 +107,26 @@ NO_IDENTIFIER: Refusal = (
     "its name is no Python identifier; register it under one that is",
 )
 
+BY_TORCH: tuple[Refusal, ...] = (
+    (
+        lambda asked: parametrize.is_parametrized(asked.module, asked.name),
+        "it is parametrized; where torch's norm does that, explicit_wn.convert(model) makes it ours, and fold(model) "
+        "ends it; otherwise torch.nn.utils.parametrize.remove_parametrizations(module, name) does",
+    ),
+    (
+        lambda asked: asked.is_hooked,
+        "torch's hook norms it; explicit_wn.convert(model) makes that ours, and fold(model) ends it",
+    ),
+)
+"""Weights that torch computes."""
+
 PARAMETERS: tuple[Refusal, ...] = (
     *NAMES,
     (
         lambda asked: asked.norm_there is not None,
         "it is normed already, by {asked.norm_there!r}{asked.clash}; call remove(module) on that first",
     ),
-    (
-        lambda asked: parametrize.is_parametrized(asked.module, asked.name),
-        "it is parametrized; where torch's norm does that, explicit_wn.convert(model) makes it ours, and otherwise "
-        "torch.nn.utils.parametrize.remove_parametrizations(module, name) ends it",
-    ),
-    (
-        lambda asked: asked.is_hooked,
-        "torch's hook norms it already; explicit_wn.convert(model) makes that ours, and fold(model) ends it",
-    ),
+    *BY_TORCH,
     (
         lambda asked: asked.name in asked.module._parameters and asked.parameter is None,
         "it is None in this module; its parameters are {asked.names}",
@@ -168,14 +173,7 @@ PARAMETERS: tuple[Refusal, ...] = (
 """Parameters that are not normed, in whatever module."""
 
 NOT_OURS: tuple[Refusal, ...] = (
-    (
-        lambda asked: parametrize.is_parametrized(asked.module, asked.name),
-        "it is parametrized; where torch's norm does that, explicit_wn.convert(model) makes it ours, and fold ends it",
-    ),
-    (
-        lambda asked: asked.is_hooked,
-        "torch's hook norms it; explicit_wn.convert(model) makes that ours, and fold(model) ends it",
-    ),
+    *BY_TORCH,
     (
         lambda asked: asked.name != asked.norm.name and asked.parameter is None and not asked.is_made_within,
         "it has no such parameter; its parameters are {asked.names}",

@@ -113,45 +113,58 @@ def _differs(norm: Any, parts: dict[str, Tensor], current: Tensor | None) -> boo
 
 _NORMS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
 
+_Read = tuple[Reparametrization | None, dict[str, Tensor], str | None]
+"""The norm of ours that does the same, its parts, and why it cannot become ours."""
+
 
 def _from_parametrization(module: nn.Module, name: str, applied: Any) -> Found:
+    alone, tensors = applied[0] if len(applied) == 1 else None, dict(applied.named_parameters(recurse=False))
     kinds = ", ".join(type(one).__name__.lstrip("_") for one in applied)
-    parts = dict(applied.named_parameters(recurse=False))
-    norm: Reparametrization | None = None
-    why_not: str | None = None
-    last = next(iter(parts.values()))
-    if (
-        len(applied) == 1
-        and isinstance(applied[0], _NORMS)
-        and any(part.startswith("original") for part in applied._buffers)
-    ):
-        why_not = "its parts are computed by another tool (prune, say); end that first"
-    elif type(applied[0]) is _NORMS[0] and len(applied) == 1:
-        parts = {"g": parts["original0"], "v": parts["original1"]}
-        last = parts["v"]
-        norm, why_not = _made(WeightNorm, name, None if applied[0].dim == -1 else applied[0].dim)
-    elif type(applied[0]) is _NORMS[1] and len(applied) == 1:
-        one = applied[0]
-        iterations = getattr(one, "n_power_iterations", 1)  # a vector's has none
-        norm, why_not = _made(SpectralNorm, name, iterations, max(SMALLEST, one.eps), one.dim, first="u")
-        parts = {"orig": last, **{part: one._buffers[f"_{part}"] for part in "uv" if f"_{part}" in one._buffers}}
+    read: _Read = None, tensors, None
+    if isinstance(alone, _NORMS) and any(part.startswith("original") for part in applied._buffers):
+        read = None, tensors, "its parts are computed by another tool (prune, say); end that first"
+    elif type(alone) is _NORMS[0]:
+        read = _read_weight_norm(name, alone, tensors)
+    elif type(alone) is _NORMS[1]:
+        read = _read_spectral_norm(name, alone, tensors)
     elif any(isinstance(one, _NORMS) for one in applied):
-        why_not = (
-            f"it is parametrized by {kinds}, which is more than torch's norm; end the rest first, with "
-            f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
-        )
-    others = [other for other, list_ in module.parametrizations.items() if not isinstance(list_[0], _NORMS)]  # type: ignore[union-attr, operator]
-    if norm and others and carrier.recipes_of(module):
-        why_not = (
-            f"the module carries a norm of ours, and {others[0]!r} is parametrized otherwise; end one of them first"
-        )
-    kind, state = norm._kind if norm else kinds, "fresh"
+        rest = f"end the rest first, with torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+        read = None, tensors, f"it is parametrized by {kinds}, which is more than torch's norm; {rest}"
+    norm, parts, why_not = read
+    whole, mistake = parts.get("orig", parts.get("v", next(iter(parts.values())))), None
     if norm:
-        try:
-            norm.formula(**{part: value.to("meta") for part, value in parts.items()}, dim=norm.dim, eps=norm.eps)
-        except ValueError as error:
-            state, why_not = "broken", why_not or str(error)
-    return Found(name, "parametrization", norm, kind, parts, tuple(last.shape), state, why_not)
+        why_not, mistake = why_not or _beside(module), _mistake(norm, parts)
+    kind, state = norm._kind if norm else kinds, "broken" if mistake else "fresh"
+    return Found(name, "parametrization", norm, kind, parts, tuple(whole.shape), state, why_not or mistake)
+
+
+def _read_weight_norm(name: str, torchs: Any, tensors: dict[str, Tensor]) -> _Read:
+    norm, why_not = _made(WeightNorm, name, None if torchs.dim == -1 else torchs.dim)
+    return norm, {"g": tensors["original0"], "v": tensors["original1"]}, why_not
+
+
+def _read_spectral_norm(name: str, torchs: Any, tensors: dict[str, Tensor]) -> _Read:
+    iterations = getattr(torchs, "n_power_iterations", 1)  # a vector's has none
+    norm, why_not = _made(SpectralNorm, name, iterations, max(SMALLEST, torchs.eps), torchs.dim, first="u")
+    vectors = {part: torchs._buffers[f"_{part}"] for part in "uv" if f"_{part}" in torchs._buffers}
+    return norm, {"orig": tensors["original"], **vectors}, why_not
+
+
+def _beside(module: Any) -> str | None:
+    """Why no parametrization of `module` can become ours, whatever it is; None if it can."""
+    others = [name for name, applied in module.parametrizations.items() if not isinstance(applied[0], _NORMS)]
+    if not others or not carrier.recipes_of(module):
+        return None
+    return f"the module carries a norm of ours, and {others[0]!r} is parametrized otherwise; end one of them first"
+
+
+def _mistake(norm: Any, parts: dict[str, Tensor]) -> str | None:
+    """Why the parts make no weight, by their shapes; None if they do."""
+    try:
+        norm.formula(**{part: value.to("meta") for part, value in parts.items()}, dim=norm.dim, eps=norm.eps)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 _SIGNS = (  # what norms of other projects call their parts: the kind, what has the weight's shape, a vector beside it

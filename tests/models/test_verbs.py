@@ -182,7 +182,7 @@ def zero_row(layer: nn.Linear) -> nn.Module:
 REFUSED_LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a slice of zeros": (lambda: zero_row(nn.Linear(4, 4)), "slices 2 are zero"),
     "ours already": (lambda: WeightNorm().apply(nn.Linear(4, 4)), "normed already"),
-    "the hook": (lambda: hook_weight_norm(nn.Linear(4, 4)), "torch's hook norms it already"),
+    "the hook": (lambda: hook_weight_norm(nn.Linear(4, 4)), "torch's hook norms it;"),
     "the parametrization": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "it is parametrized"),
     "lazy": (lambda: nn.LazyLinear(4), "not initialized"),
     "a taken name": (lambda: taken(nn.Linear(4, 4)), "weight_g"),
