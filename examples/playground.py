@@ -369,7 +369,7 @@ def moment(layer: nn.Module, circle: Tensor, sought: Tensor) -> Data:
 
 
 class Net(nn.Module):
-    """The ten lines of the README."""
+    """The first module of the README."""
 
     def __init__(self) -> None:
         super().__init__()

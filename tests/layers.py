@@ -101,7 +101,7 @@ def change_parts(module: nn.Module, seed: int) -> None:
 
 
 class Net(nn.Module):
-    """The ten lines of the README."""
+    """The first module of the README."""
 
     def __init__(self, norm: Any = None, layer: nn.Module | None = None, verb: str = "apply") -> None:
         super().__init__()

@@ -108,3 +108,11 @@ def test_the_page_shows_the_table_of_the_norms_as_it_is_printed() -> None:
     head = page[page.index("error in %, at the learning rate") :].splitlines()
     names = [re.split(r" {2,}", line)[0] for line in head[1:9]]
     assert {re.sub(r"\(.*", "", name) for name in names} == {"no norm", *explicit_wn.norms.__all__}
+
+
+def test_the_gallery_names_every_example_and_shows_every_picture() -> None:
+    page = (EXAMPLES / "README.md").read_text()
+    named, shown = set(re.findall(r"(?<!!)\[[^]]+\]\(([^)#]+)\)", page)), set(re.findall(r"!\[[^]]+\]\((.+?)\)", page))
+    files = [path for path in EXAMPLES.iterdir() if path.is_file()]
+    assert {path.name for path in files if path.suffix in {".html", ".ipynb", ".py", ".R"}} <= named
+    assert {path.name for path in files if path.suffix == ".png"} == shown

@@ -34,12 +34,12 @@ def test_mypy_in_strict_mode_refuses_what_is_to_be_refused_and_nothing_else(tmp_
     assert found.keys() == marked(), found
 
 
-TEN_LINES = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+FIRST_MODULE = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
 
 
-def test_mypy_in_strict_mode_has_nothing_against_the_readmes_ten_lines(tmp_path: Path) -> None:
-    file = tmp_path / "ten_lines.py"
-    file.write_text(TEN_LINES)
+def test_mypy_in_strict_mode_has_nothing_against_the_readmes_first_module(tmp_path: Path) -> None:
+    file = tmp_path / "first_module.py"
+    file.write_text(FIRST_MODULE)
     assert errors_of_mypy(file, tmp_path) == {}
 
 
