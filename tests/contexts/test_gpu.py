@@ -1,4 +1,4 @@
-"""On a GPU what holds on the CPU; and CUDA graphs, kernels and autocast, which are the GPU's own.
+"""On a GPU a model gives in every context what it gives on the CPU; a recompute is one kernel, and nothing waits.
 
 Every model's parts are changed behind the stored weight before it is asked, and the answer is that of a plain model on
 the CPU whose weights were computed there. `python -m pytest -m gpu tests/contexts` runs what needs a GPU.
