@@ -1,7 +1,7 @@
 """On a GPU a model gives in every context what it gives on the CPU; a recompute is one kernel, and nothing waits.
 
 Every model's parts are changed behind the stored weight before it is asked, and the answer is that of a plain model on
-the CPU whose weights were computed there. `python -m pytest -m gpu tests/contexts` runs what needs a GPU.
+the CPU whose weights were computed there. `python -m pytest -m gpu` runs all that needs a GPU.
 """
 
 import copy
