@@ -1,4 +1,4 @@
-"""The contexts: what compiles, captures, copies or saves a model, each with what it makes of one."""
+"""The contexts: what compiles, captures, copies or saves a model, each with what it makes of one. And the devices."""
 
 import copy
 import io
@@ -9,11 +9,14 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from layers import Subject, change_parts
 from torch import Tensor, nn
 
 import explicit_wn
 
 Inputs = tuple[Tensor, ...]
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+NO_COMPILER = "inductor needs a C++ compiler"
 
 
 @attrs.frozen
@@ -103,8 +106,8 @@ def compiled(model: nn.Module, inputs: Inputs) -> Captured:
 
 
 def compiled_by_inductor(model: nn.Module, inputs: Inputs) -> Captured:
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("inductor needs a C++ compiler")
+    if not HAS_COMPILER:
+        pytest.skip(NO_COMPILER)
     torch._dynamo.reset()
     return Captured(torch.compile(model, fullgraph=True), model)
 
@@ -136,3 +139,41 @@ CONTEXTS = [
     saved_and_loaded,
 ]
 """Those that every norm goes through with every layer."""
+
+
+# The devices
+
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+on_gpu = pytest.mark.parametrize("device", [CUDA])
+on_cpu_and_gpu = pytest.mark.parametrize("device", ["cpu", CUDA])
+has_compiler = pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
+torchs_own_warnings = [  # each said of plain models too
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32"),
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
+    pytest.mark.filterwarnings(r"ignore:The tensor attributes? self\.layer\._flat_weights:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Converting a tensor to a Python:torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:No complete tensor found in the group:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning"),
+]
+
+
+def moved(inputs: Inputs, device: str) -> Inputs:
+    return tuple(tensor.to(device) for tensor in inputs)
+
+
+def stale(which: Subject, device: str) -> nn.Module:
+    """The model on that device, with a stored weight there that is out of date."""
+    model = which.model().to(device)
+    model(*moved(which.inputs(), device))
+    change_parts(model, seed=11)
+    return model
+
+
+def close(output: Tensor, expected: Tensor, **tolerance: float) -> None:
+    torch.testing.assert_close(output.detach().cpu(), expected, **({"rtol": 1e-4, "atol": 1e-5} | tolerance))

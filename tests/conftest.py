@@ -2,7 +2,7 @@
 
 The tests share the modules beside this file, and the processes that they start find those too. A test is `quick`
 unless its file or its name says that it takes long (see TAKES_LONG before naming one) or it starts a process. The
-fixtures that files of several rooms use are here.
+fixtures that several files use are here.
 """
 
 import functools
@@ -28,7 +28,7 @@ torch.set_num_threads(1)  # the tensors are small
 
 TAKES_LONG = re.compile(
     r"compile|inductor|wherever_torch_captures|export|process|ctrl_c|between_any_two|"
-    r"test_(graphs|playground|without_torchscript|benchmark|notebook|orders|distributed|gpu|docs|\w*examples|real_models|tools|faults|stateful)\.py"
+    r"test_(graphs|playground|without_torchscript|benchmark|notebook|orders|distributed|gpu|dynamic_shapes|docs|\w*examples|real_models|tools|faults|stateful)\.py"
 )
 """What `pytest -m quick` leaves out: compilers, other processes, interruption at every line, and whole programs."""
 
@@ -63,6 +63,15 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def in_single_precision() -> Iterator[None]:
+    """Convolutions on a GPU compute in TensorFloat32 otherwise, which is no nearer to the CPU than 1e-3."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(scope="module")

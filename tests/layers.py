@@ -436,7 +436,8 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 def loss_of(output: Tensor) -> Tensor:
     """A number on which every entry of `output` has another influence."""
-    return (output * torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).view_as(output)).sum()
+    weights = torch.linspace(0.5, 1.5, output.numel(), device=output.device, dtype=output.dtype)
+    return (output * weights.view_as(output)).sum()
 
 
 def _random(*shape: int) -> Callable[[], tuple[Tensor, ...]]:

@@ -1,4 +1,4 @@
-"""What `apply` turns a module into: copies, pickles, state dicts, moves, and what its weight is after each."""
+"""What `apply` makes of a module has no hook, and its weight is right after every copy, pickle, load and move."""
 
 import copy
 import gc
@@ -15,7 +15,7 @@ import attrs
 import pytest
 import torch
 from captured import reloaded, through_bytes
-from layers import Net, by_hand, first_output, make_stale, read_stale
+from layers import SUBJECTS, Net, Subject, by_hand, first_output, loss_of, make_stale, read_stale
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -753,6 +753,41 @@ def test_other_parameters_are_set_and_deleted_as_ever(name: str) -> None:
     assert not getattr(module, name).any()
     delattr(module, name)
     assert name not in module._parameters
+
+
+# Hooks
+
+
+def hooks_of(module: nn.Module) -> dict[str, Any]:
+    """Every collection of hooks that `module` has, by attribute."""
+    return {name: value for name, value in vars(module).items() if "hook" in name and hasattr(value, "__len__")}
+
+
+def global_hooks() -> dict[str, Any]:
+    found = vars(torch.nn.modules.module)
+    return {
+        name: len(value) for name, value in found.items() if name.startswith("_global") and hasattr(value, "__len__")
+    }
+
+
+@pytest.mark.parametrize("which", SUBJECTS, ids=str)
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+def test_no_hook_is_registered_on_any_module_or_parameter(which: Subject) -> None:
+    before = global_hooks()
+    model = which.model()
+    loss_of(model(*which.inputs())).backward()
+    torch.jit.script(model)
+    for module in model.modules():
+        hooks = hooks_of(module)
+        assert len(hooks) >= len(hooks_of(nn.Module()))
+        assert not any(hooks.values())
+        assert "state_dict" not in vars(module)
+        assert "forward" not in vars(module)
+    for parameter in model.parameters():
+        assert not parameter._backward_hooks
+        assert not getattr(parameter, "_post_accumulate_grad_hooks", None)
+    assert len(before) >= 5
+    assert global_hooks() == before
 
 
 # The generated classes

@@ -1,4 +1,4 @@
-"""Any sequence of verbs, and of what else is done to modules, against a simple model of what the module should hold.
+"""After any sequence of verbs, and of what else is done to modules, a module holds what a simple model of it holds.
 
 `Weight` and `Expected` are that model: the parts as plain tensors, what was last stored, what `cached` blocks hold.
 It uses the formulas, and never the package. After every step the module is compared with it.

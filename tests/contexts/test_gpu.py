@@ -1,81 +1,27 @@
-"""On a GPU what holds on the CPU; and CUDA graphs, kernels and autocast, which are the GPU's own. And dynamic shapes.
+"""On a GPU a model gives in every context what it gives on the CPU; a recompute is one kernel, and nothing waits.
 
 Every model's parts are changed behind the stored weight before it is asked, and the answer is that of a plain model on
-the CPU whose weights were computed there. `python -m pytest -m gpu tests/contexts` runs what needs a GPU.
+the CPU whose weights were computed there. `python -m pytest -m gpu` runs all that needs a GPU.
 """
 
 import copy
 import io
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from layers import SUBJECTS, Net, Subject, change_parts, norm_of, subject, weight_of
+from captured import close, has_compiler, moved, on_cpu_and_gpu, on_gpu, stale, torchs_own_warnings
+from layers import SUBJECTS, Net, Subject, change_parts, loss_of, norm_of, subject, weight_of
 from norms_by_hand import NORMS
 from torch import Tensor, nn
 
 import explicit_wn
 from explicit_wn import SpectralNorm, WeightNorm
 
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])
-on_gpu = pytest.mark.parametrize("device", [CUDA])
-on_cpu_and_gpu = pytest.mark.parametrize("device", ["cpu", CUDA])
 all_subjects = pytest.mark.parametrize("which", SUBJECTS, ids=str)
-has_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler"
-)
-pytestmark = [
-    # torch's own, each said of plain models too
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32"),
-    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
-    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning"),
-    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
-    pytest.mark.filterwarnings(r"ignore:The tensor attributes? self\.layer\._flat_weights:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Converting a tensor to a Python:torch.jit.TracerWarning"),
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:No complete tensor found in the group:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _in_single_precision() -> Iterator[None]:
-    """Convolutions on a GPU compute in TensorFloat32 otherwise, which is no nearer to the CPU than 1e-3."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    torch._dynamo.reset()
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
-def moved(inputs: tuple[Tensor, ...], device: str) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(device) for tensor in inputs)
-
-
-def stale(which: Subject, device: str) -> nn.Module:
-    """The model on that device, with a stored weight there that is out of date."""
-    model = which.model().to(device)
-    model(*moved(which.inputs(), device))
-    change_parts(model, seed=11)
-    return model
-
-
-def close(output: Tensor, expected: Tensor, **tolerance: float) -> None:
-    torch.testing.assert_close(output.detach().cpu(), expected, **({"rtol": 1e-4, "atol": 1e-5} | tolerance))
-
-
-def loss_of(output: Tensor) -> Tensor:
-    """A number on which every entry of `output` has another influence."""
-    weights = torch.linspace(0.5, 1.5, output.numel(), device=output.device, dtype=output.dtype)
-    return (output * weights.view_as(output)).sum()
+pytestmark = [pytest.mark.usefixtures("fresh_dynamo", "in_single_precision"), *torchs_own_warnings]
 
 
 def check(run: Callable[..., Tensor], which: Subject, module: nn.Module, device: str, **tolerance: float) -> None:
@@ -579,147 +525,3 @@ def test_a_training_step_waits_for_nothing(norm: Any, device: str) -> None:
         layer(x).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-# Dynamic shapes
-
-
-def of_length(which: Subject, length: int) -> tuple[Tensor, ...]:
-    """An input for `which` whose last dimension has another length."""
-    (x,) = which.inputs()
-    return (torch.randn(*x.shape[:-1], length, generator=torch.Generator().manual_seed(length)),)
-
-
-def of_rows(which: Subject, rows: int) -> tuple[Tensor, ...]:
-    """The same with another number of rows."""
-    (x,) = which.inputs()
-    return (torch.randn(rows, *x.shape[1:], generator=torch.Generator().manual_seed(rows)),)
-
-
-DYNAMIC: list[Any] = [
-    pytest.param(subject(kind, form), sized, dim, id=f"{kind}-{form}")
-    for kind, sized, dim in [
-        ("Linear", of_rows, 0),
-        ("Conv1d_groups", of_length, 2),
-        ("ConvTranspose1d_out", of_length, 2),
-        ("Conv2d", of_length, 3),
-        ("two_dims", of_rows, 0),
-        ("two_names", of_rows, 0),
-        ("loop", of_rows, 0),
-    ]
-    for form in ("explicit", "inlined")
-]
-dynamic = pytest.mark.parametrize(("which", "sized", "dim"), DYNAMIC)
-Sized = Callable[[Subject, int], tuple[Tensor, ...]]
-
-
-def check_sizes(run: Callable[..., Tensor], which: Subject, sized: Sized, module: nn.Module, device: str) -> None:
-    for size in (5, 6, 9, 17):
-        change_parts(module, seed=size)
-        inputs = sized(which, size)
-        close(run(*moved(inputs, device)), which.expected(module, inputs))
-
-
-@on_cpu_and_gpu
-@dynamic
-def test_one_compiled_graph_takes_every_size(which: Subject, sized: Sized, dim: int, device: str) -> None:
-    model = stale(which, device)
-    run = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
-    run(*moved(sized(which, 7), device))
-    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[no-untyped-call]
-        check_sizes(run, which, sized, model, device)
-
-
-@on_cpu_and_gpu
-@dynamic
-def test_a_size_marked_as_dynamic_is_not_specialized(which: Subject, sized: Sized, dim: int, device: str) -> None:
-    model = stale(which, device)
-    run = torch.compile(model, backend="aot_eager", fullgraph=True)
-    (x,) = moved(sized(which, 7), device)
-    torch._dynamo.mark_dynamic(x, dim)  # refuses a graph that holds for one size only
-    run(x)
-    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[no-untyped-call]
-        check_sizes(run, which, sized, model, device)
-
-
-@on_cpu_and_gpu
-@dynamic
-@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
-def test_one_exported_program_takes_every_size(
-    strict: bool, which: Subject, sized: Sized, dim: int, device: str, tmp_path: Path
-) -> None:
-    model = stale(which, device)
-    shapes = ({dim: torch.export.Dim("size", min=4, max=64)},)
-    exported = torch.export.export(model, moved(sized(which, 7), device), dynamic_shapes=shapes, strict=strict)
-    targets = [str(node.target) for node in exported.graph.nodes]
-    assert len([target for target in targets if "weight_norm" in target]) == len(which.normed)
-    check_sizes(exported.module(), which, sized, exported.module(), device)  # it shares its parts with the next one
-    module = exported.module()
-    check_sizes(module, which, sized, module, device)
-    torch.export.save(exported, tmp_path / "exported.pt2")
-    loaded = torch.export.load(tmp_path / "exported.pt2").module()
-    check_sizes(loaded, which, sized, loaded, device)
-
-
-@on_cpu_and_gpu
-@has_compiler
-@pytest.mark.parametrize("form", ["explicit", "inlined"])
-def test_inductor_takes_every_size_in_training(form: str, device: str) -> None:
-    which = subject("Conv1d_groups", form)
-    model = stale(which, device)
-    run = torch.compile(model, fullgraph=True, dynamic=True)
-    run(*moved(of_length(which, 7), device))
-    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[no-untyped-call]
-        check_sizes(run, which, of_length, model, device)
-    for size in (5, 11):
-        model.zero_grad()
-        change_parts(model, seed=size)
-        inputs = of_length(which, size)
-        loss_of(run(*moved(inputs, device))).backward()
-        expected = which.expected_gradients(copy.deepcopy(model).cpu(), inputs)
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None
-            close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
-
-
-@on_cpu_and_gpu
-@pytest.mark.parametrize("context", ["compile", "export"])
-def test_spectral_norm_takes_every_size(context: str, device: str) -> None:
-    layer = SpectralNorm().inline(nn.Conv1d(4, 6, 3)).to(device).eval()
-    shapes = ({2: torch.export.Dim("length", min=4, max=64)},)
-    x = torch.randn(2, 4, 7, device=device)
-    run: Any = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
-    if context == "export":
-        run = torch.export.export(layer, (x,), dynamic_shapes=shapes).module()
-    run(x)
-    source: Any = layer if context == "compile" else run
-    for length in (5, 9, 17):
-        with torch.no_grad():
-            source.weight_orig.mul_(1.5).add_(0.1)
-        x = torch.randn(2, 4, length, device=device)
-        orig, u, v, bias = (
-            part.detach().cpu() for part in (source.weight_orig, source.weight_u, source.weight_v, source.bias)
-        )
-        weight = orig / (u @ orig.flatten(1) @ v)
-        close(run(x), nn.functional.conv1d(x.cpu(), weight, bias))
-
-
-# AOTInductor
-
-
-@on_gpu
-@has_compiler
-@pytest.mark.parametrize("form", ["explicit", "inlined"])
-def test_an_aotinductor_package_computes_for_every_size(form: str, device: str, tmp_path: Path) -> None:
-    if device == "cuda" and pytest.importorskip("torch.utils.cpp_extension").CUDA_HOME is None:
-        pytest.skip("AOTInductor needs the CUDA toolkit")
-    which = subject("Conv1d_groups", form)
-    model = stale(which, device)
-    shapes = ({2: torch.export.Dim("length", min=4, max=64)},)
-    with torch.no_grad():
-        exported = torch.export.export(model, moved(of_length(which, 7), device), dynamic_shapes=shapes)
-        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
-    run = torch._inductor.aoti_load_package(package)
-    for size in (5, 9, 17):
-        inputs = of_length(which, size)
-        close(run(*moved(inputs, device)), which.expected(model, inputs))

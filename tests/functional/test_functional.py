@@ -1,4 +1,4 @@
-"""The mathematics: `norm_except_dim` and `weight_norm`, against torch's own functions and against the formulas."""
+"""`norm_except_dim` and `weight_norm` compute the formulas and their derivatives, and the numbers of torch's own."""
 
 import inspect
 import math

@@ -1,8 +1,9 @@
-"""The modules of the package import each other in one direction."""
+"""The modules of the package import each other in one direction, and their files and functions stay short."""
 
 import ast
 import graphlib
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -94,3 +95,25 @@ def test_each_module_can_be_imported_first() -> None:
 def test_no_file_is_longer_than_a_reader_likes() -> None:
     lengths = {name: len(file.read_text().splitlines()) for name, file in FILES.items()}
     assert max(lengths.values()) <= 350, lengths
+
+
+def lengths_of_functions(source: str) -> Iterator[tuple[int, str]]:
+    """How many lines each function of `source` has without its docstring, and its name; methods and inner ones too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first, last = node.body[0], node.body[-1]
+            docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) is not None else 0
+            yield last.end_lineno - node.lineno + 1 - docstring, node.name
+
+
+def test_functions_stay_short() -> None:
+    found = sorted(
+        (length, f"{name}.{function}")
+        for name, file in FILES.items()
+        for length, function in lengths_of_functions(file.read_text())
+    )
+    assert len(found) > 400
+    lengths = [length for length, _ in found]
+    assert statistics.mean(lengths) <= 7.5
+    assert statistics.quantiles(lengths, n=10)[-1] <= 16, found[-len(found) // 10 :]
+    assert found[-1][0] <= 40, found[-5:]

@@ -1,4 +1,4 @@
-"""A wheel and an sdist are built, installed where nothing else of ours is, and used there."""
+"""The package imports in silence, and a wheel and an sdist of it work where nothing else of ours is installed."""
 
 import importlib.metadata
 import os
@@ -16,11 +16,17 @@ import explicit_wn
 
 ROOT = Path(__file__).parents[2]
 
-if not any(
-    path.joinpath("pip").is_dir() for path in map(Path, sys.path)
-):  # to look it up as a module ends setuptools' distutils
-    pytest.skip("pip is not installed", allow_module_level=True)
-pytest.importorskip("hatchling")
+IMPORTS = ["import explicit_wn", "from explicit_wn import WeightNorm, script", "import explicit_wn.functional"]
+
+
+@pytest.mark.parametrize("statement", IMPORTS)
+def test_importing_the_package_is_silent(statement: str) -> None:
+    command = [sys.executable, "-W", "error", "-c", statement]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# What is built
 
 PROGRAM = """
 import importlib.metadata, pathlib, sys
@@ -60,6 +66,10 @@ assert type(remove_weight_norm(weight_norm(nn.Linear(2, 3)))) is nn.Linear
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # To look pip up as a module ends setuptools' distutils
+    if not any(path.joinpath("pip").is_dir() for path in map(Path, sys.path)):
+        pytest.skip("pip is not installed")
+    pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("dist")
     build = "import sys; from hatchling import build; build.build_wheel(sys.argv[1]); build.build_sdist(sys.argv[1])"
     subprocess.run([sys.executable, "-c", build, folder], check=True, cwd=ROOT)

@@ -1,7 +1,6 @@
-"""The examples run as their readers run them, with warnings as errors, and what they print makes sense.
+"""The quickstart, the ports and the norms run as their readers run them, with warnings as errors, and print what is so.
 
-Those of one room are tested there: `models/test_model_examples.py`, `norms/test_spectral_examples.py` and
-`contexts/test_export_everywhere.py`.
+Every other example has a file of its own here, or shares one.
 """
 
 import re
