@@ -5,7 +5,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from ..contexts.capture import capturing, is_captured
+from ..contexts.capture import capturing, is_captured, is_transformed
 from ..contexts.torchscript import is_scripting, is_traced, is_tracing
 from . import middle_dim
 from .shapes import fitting, kept_dim
@@ -30,7 +30,7 @@ def norm_except_dim(v: Tensor, pow: Union[int, float] = 2, dim: Optional[int] = 
         whole: Tensor = torch.linalg.vector_norm(v, power)
         return whole
     kept = kept_dim(v, dim)
-    if power % 1.0 == 0.0 and not is_empty(v):  # a whole number; infinity is none
+    if power % 1.0 == 0.0 and not is_empty(v) and not _is_transformed(v):  # a whole number; infinity is none
         return torch.norm_except_dim(v, int(power), kept)
     others = list(range(v.dim() + 1))
     others.remove(kept)
@@ -56,7 +56,8 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
     tensor([[6., 8.]])
     """
     if not is_scripting():
-        weight = None if capturing() or isinstance(dim, float) else weight_norm_by_kernel(v, g, dim, eps)
+        careful = capturing() or isinstance(dim, float) or _is_transformed(v)
+        weight = None if careful else weight_norm_by_kernel(v, g, dim, eps)
         if weight is not None:
             return weight
     g = fitting(v, g, dim)
@@ -76,8 +77,8 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
             return middle_dim.weight_norm(v, g, dim)
         else:
             return middle_dim.weight_norm_in_eager_mode(v, g, dim)
-    if _is_empty_or_double(v):
-        # what torch's kernel cannot do: second derivatives (they are wrong), and weights without entries (a crash)
+    if _is_empty_or_double(v) or _is_transformed(v):
+        # what torch's kernel cannot do: second derivatives (they are wrong), weights without entries, and functorch
         return v * g if is_empty(v) else v * (g / norm_except_dim(v, 2, dim))
     if dim is None or dim == -1:
         return _in_layout_of(v, torch._weight_norm(v, g, -1))
@@ -146,6 +147,14 @@ def length_of(v: Tensor, dim: Optional[int], eps: float) -> Tensor:
 def is_empty(v: Tensor) -> bool:
     """Whether `v` has no entries, where that can be asked."""
     return isinstance(v, Tensor) and not is_tracing() and v.numel() == 0
+
+
+def _is_transformed(v: Tensor) -> bool:
+    """Whether functorch or forward-mode AD runs, for which torch's kernel has no rule, or a slow one with a warning."""
+    if not is_scripting():  # noqa: SIM102 - TorchScript leaves out a branch, and no half of a condition
+        if not capturing() and isinstance(v, Tensor):
+            return is_transformed()
+    return False
 
 
 def _is_empty_or_double(v: Tensor) -> bool:

@@ -421,7 +421,6 @@ def assert_nothing_is_left(model: nn.Module, own: list[tuple[str, int]], attribu
             assert not store.copying
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # where torch has no batching rule
 @pytest.mark.usefixtures("a_quick_collector")
 @pytest.mark.parametrize(("transform", "which"), TRANSFORMED)
 @pytest.mark.parametrize("form", ["recomputed", "inlined"])

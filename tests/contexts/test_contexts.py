@@ -34,9 +34,7 @@ import explicit_wn
 # What torch warns of for plain layers too
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:.*batching rule for aten..(_trilinear|bilinear|_weight_norm|norm_except_dim):UserWarning"
-    ),
+    pytest.mark.filterwarnings("ignore:.*batching rule for aten..(_trilinear|bilinear):UserWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning:torch[.](?!jit)"),
 ]
 UNCONTIGUOUS_SAVE = pytest.mark.filterwarnings("ignore:No complete tensor found in the group:UserWarning")

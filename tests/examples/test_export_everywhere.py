@@ -151,8 +151,9 @@ def test_the_sizes_are_those_of_the_files_and_every_call_took_its_time(
     for name, (*normed, _, folded_size, _, folded_time) in ((n, row) for n, row in measured.items() if n in FILES):
         sizes = [round(size_of(folder / variant / FILES[name]) / 1000) for variant in ("normed", "folded")]
         assert [normed[0], folded_size] == sizes, name
-        if "OpenVINO" in name:
-            assert abs(folded_size - normed[0]) < 0.05 * normed[0], "it computes the weights when it converts the model"
+        if "OpenVINO" in name or "AOTInductor" in name:
+            # the one computes the weights when it converts the model; the other packs what its cache has, too
+            assert abs(folded_size - normed[0]) < 0.05 * normed[0], name
         else:
             assert folded_size < normed[0], name
         assert folded_time > 0, name

@@ -433,7 +433,7 @@ def test_weight_is_called_from_a_scripted_function(function: Any, eps: float) ->
     torch.testing.assert_close(gradients(scripted, v, g), gradients(expected, v, g))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:There is a performance drop")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_a_trace_of_a_vmap_computes_what_was_traced(eps: float, clip: float | None) -> None:
