@@ -145,7 +145,7 @@ PARAMETERS: tuple[Refusal, ...] = (
         "that, or to every layer with explicit_wn.apply_all(model, norm)",
     ),
     (
-        lambda asked: asked.names == "none" and asked.parameter is None,
+        lambda asked: next(asked.module.parameters(), None) is None,
         "it has no parameters; leave such modules out, as explicit_wn.apply_all(model, norm) does",
     ),
     (

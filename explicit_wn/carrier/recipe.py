@@ -58,10 +58,14 @@ class Recipe:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """What a recompute may ask for to mean this weight."""
-        kind = self.norm._kind
-        labels = [f"{kind} {self.owner}", f"{kind} {self.name}", *([INLINED] if self.inlined else [])]
-        return tuple(dict.fromkeys(labels))
+        """What a recompute in TorchScript may ask for to mean this weight."""
+        labels = [f"{self.norm._kind} {name}" for name in self.asked_by]
+        return (*labels, INLINED) if self.inlined else tuple(labels)
+
+    @cached_property
+    def asked_by(self) -> tuple[str, ...]:
+        """The names of the norm objects that mean this weight: of the one that was applied, and of the weight."""
+        return tuple(dict.fromkeys((self.owner, self.name)))
 
     @cached_property
     def attributes(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from ..contexts import capture
 from ..contexts.torchscript import is_traced
 from ..source import define, literal
 from . import weight as carefully
-from .recipe import INLINED, Recipe
+from .recipe import Recipe
 from .store import Stored
 
 RECOMPUTE = """
@@ -182,11 +182,11 @@ def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict
 
 
 def recomputes_of(weights: list[Functions]) -> dict[str, dict[str, Callable[[nn.Module], None]]]:
-    """By the two words of a label, the function that recomputes all weights that bear it."""
+    """By the kind and the name of a norm object, the function that recomputes all weights that it means."""
     found: dict[str, dict[str, Callable[[nn.Module], None]]] = {}
-    for label in [label for one in weights for label in one.recipe.labels if label != INLINED]:
-        kind, name = label.split(" ")
-        found.setdefault(kind, {})[name] = _in_turn([one.recompute for one in weights if label in one.recipe.labels])
+    for kind, name in [(one.recipe.norm._kind, name) for one in weights for name in one.recipe.asked_by]:
+        meant = [one for one in weights if one.recipe.norm._kind == kind and name in one.recipe.asked_by]
+        found.setdefault(kind, {})[name] = _in_turn([one.recompute for one in meant])
     return found
 
 

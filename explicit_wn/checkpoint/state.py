@@ -39,7 +39,7 @@ class Row:
 
 @attrs.frozen(repr=False)
 class Report(Rows):
-    """The weights of a checkpoint as a table: `print` it, or show it in a notebook."""
+    """The weights of a checkpoint as a table: `print` it, show it in a notebook, or walk through its rows."""
 
     rows: list[Row]
 

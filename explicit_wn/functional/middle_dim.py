@@ -34,9 +34,13 @@ def _formula(v: Tensor, g: Tensor, dim: int) -> Tensor:
 
 
 def _for_a_compiler(v: Tensor, g: Tensor, dim: int) -> Tensor:
-    """The formula, with sums that inductor takes of several rows at a time, where it would go down each column."""
+    """The formula, with sums that inductor takes of several rows at a time, where it would go down each column.
+
+    How many rows there are is part of such a graph, which a compiler makes anew where that changes, and nobody else.
+    """
     rows, at_a_time = math.prod(v.shape[:dim]), 16
-    if not v.is_cpu or v.element_size() < 4 or rows % at_a_time != 0:
+    is_fixed = capture.capturing() and type(rows) is int and type(v).__name__ != "DTensor"
+    if not is_fixed or not v.is_cpu or v.element_size() < 4 or rows % at_a_time != 0:
         return _formula(v, g, dim)
     sums = v.reshape(rows // at_a_time, at_a_time, -1).square().sum(1)
     norm = sums.view(rows // at_a_time, g.numel(), -1).sum((0, 2)).sqrt()

@@ -69,9 +69,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
             wide = torch.promote_types(v.dtype, torch.float32)
             norm = torch.norm_except_dim(v.to(wide), 2, -1 if dim is None else dim).clamp_min(eps)
             return (v.to(wide) * (g.to(wide) / norm)).to(v.dtype)
-        elif isinstance(v, Tensor) and v.element_size() < 4:
-            return (v.float() * (g.float() / length_of(v.float(), dim, eps))).to(v.dtype)
-        return v * (g / length_of(v, dim, eps))
+        return _formula(v, g, dim, eps)
     if dim is not None and dim > 0 and _is_for_middle_dim(v, dim):
         if is_scripting():
             return middle_dim.weight_norm(v, g, dim)
@@ -79,7 +77,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: Optional[int] = 0, eps: float = 0.0) 
             return middle_dim.weight_norm_in_eager_mode(v, g, dim)
     if _is_empty_or_double(v) or _is_transformed(v):
         # what torch's kernel cannot do: second derivatives (they are wrong), weights without entries, and functorch
-        return v * g if is_empty(v) else v * (g / norm_except_dim(v, 2, dim))
+        return v * g if is_empty(v) else _formula(v, g, dim, 0.0)
     if dim is None or dim == -1:
         return _in_layout_of(v, torch._weight_norm(v, g, -1))
     return _in_layout_of(v, torch._weight_norm(v, g, dim + v.dim() if dim < 0 else dim))
@@ -133,6 +131,13 @@ def weight_norm_by_kernel(v: Tensor, g: Tensor, dim: Optional[int], eps: float) 
 def shape_of_g(shape: tuple[int, ...], dim: Optional[int]) -> tuple[int, ...]:
     """The shape of the magnitude of a weight of that shape."""
     return () if dim is None else tuple(n if d == dim else 1 for d, n in enumerate(shape))
+
+
+def _formula(v: Tensor, g: Tensor, dim: Optional[int], eps: float) -> Tensor:
+    """As it stands; of half precision in single precision, whose norm it may not hold."""
+    if isinstance(v, Tensor) and v.element_size() < 4:
+        return (v.float() * (g.float() / length_of(v.float(), dim, eps))).to(v.dtype)
+    return v * (g / length_of(v, dim, eps))
 
 
 def length_of(v: Tensor, dim: Optional[int], eps: float) -> Tensor:

@@ -32,7 +32,7 @@ class Finding:
 
 @attrs.frozen(repr=False)
 class Findings(Rows):
-    """What `check` found: a table, and true if there is anything in it."""
+    """What `check` found: a table to walk through, and true if there is anything in it."""
 
     rows: list[Finding]
 

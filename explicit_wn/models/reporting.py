@@ -43,7 +43,7 @@ class Row:
 
 @attrs.frozen(repr=False)
 class Report(Rows):
-    """The weights of a model as a table: `print` it, or show it in a notebook."""
+    """The weights of a model as a table: `print` it, show it in a notebook, or walk through its rows."""
 
     rows: list[Row]
 

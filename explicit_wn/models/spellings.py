@@ -160,9 +160,10 @@ def _beside(module: Any) -> str | None:
 
 def _mistake(norm: Any, parts: dict[str, Tensor]) -> str | None:
     """Why the parts make no weight, by their shapes; None if they do."""
+    shapes = {part: torch.empty(value.shape, dtype=value.dtype, device="meta") for part, value in parts.items()}
     try:
-        norm.formula(**{part: value.to("meta") for part, value in parts.items()}, dim=norm.dim, eps=norm.eps)
-    except ValueError as error:
+        norm.formula(**shapes, dim=norm.dim, eps=norm.eps)
+    except (ValueError, IndexError) as error:
         return str(error)
     return None
 

@@ -35,14 +35,16 @@ def normed(model: nn.Module) -> Iterator[tuple[str, nn.Module, Reparametrization
 
 
 def weights_of(
-    verb: str, model: nn.Module, names: Collection[str] | None = None
+    verb: str, model: nn.Module, names: Collection[str] | None = None, remove_duplicate: bool = True
 ) -> dict[str, tuple[nn.Module, carrier.Recipe]]:
-    """The weights of ours with these names, or all, in the order of the model; `verb` is who asks."""
+    """The weights of ours with these names, or all, in the order of the model; `verb` is who asks.
+
+    A module that the model has twice is there by its first name, or by each, as in `nn.Module.named_modules`.
+    """
     check_model(verb, model)
-    shared = names is not None  # which may be asked for by each of its names
     found = {
         qualified(path, recipe.name): (module, recipe)
-        for path, module in model.named_modules(remove_duplicate=not shared)
+        for path, module in model.named_modules(remove_duplicate=remove_duplicate)
         for recipe in carrier.recipes_of(module)
     }
     unknown = [name for name in names or () if name not in found]

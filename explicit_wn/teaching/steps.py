@@ -94,7 +94,7 @@ def steps(module: nn.Module, name: str = "weight", gradient: Tensor | None = Non
 
     ```
     """
-    owner, recipe = weights_of("steps", module, [name])[name]
+    owner, recipe = weights_of("steps", module, [name], remove_duplicate=False)[name]
     recipe.compute(owner)  # refused where the parts do not belong together
     return steps_of(recipe, recipe.read(owner), lambda: recipe.compute(owner), gradient)
 

@@ -114,6 +114,15 @@ def test_a_power_iteration_by_its_defaults_is_one_over_the_rows_that_survives_ze
     assert not v.any()
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_under_vmap_a_norm_that_half_precision_cannot_hold_is_one_still(dim: int) -> None:
+    v = torch.full((40_000, 2) if dim == 1 else (2, 40_000), 400.0, dtype=torch.float16)
+    g = torch.ones((1, 2) if dim == 1 else (2, 1), dtype=torch.float16)
+    weight = torch.func.vmap(lambda v, g: weight_norm(v, g, dim))(v[None], g[None])[0]
+    torch.testing.assert_close(weight, weight_norm(v, g, dim))
+    assert weight.count_nonzero() == v.numel()
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1)])
 def test_the_magnitude_of_the_whole_is_one_number_of_no_more_dims_than_the_weight(shape: tuple[int, ...]) -> None:
     v, g = random(2, 3), torch.full(shape, 2.0).double()

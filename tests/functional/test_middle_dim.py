@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from explicit_wn import WeightNorm, functional
 from explicit_wn.functional import middle_dim
@@ -116,6 +117,13 @@ def test_every_way_gives_the_same_gradients(way: str) -> None:
 def test_a_compiler_takes_the_rows_of_all_dimensions_before() -> None:
     v, g = parts((16, 2, 6, 5), 2)
     torch.testing.assert_close(ways()["torch.compile"](v, g, 2), expected(v, g, 2))
+
+
+@pytest.mark.parametrize("rows", [17, 24, 32])
+def test_a_graph_that_nobody_guards_is_of_any_number_of_rows(rows: int) -> None:
+    graph = make_fx(lambda v, g: functional.weight_norm(v, g, 1), tracing_mode="symbolic")(*parts((32, 6, 4), 1))
+    v, g = parts((rows, 6, 4), 1)
+    torch.testing.assert_close(graph(v, g), expected(v, g, 1))
 
 
 def test_a_part_that_changes_between_forward_and_backward_is_noticed() -> None:

@@ -163,3 +163,10 @@ def test_a_g_of_another_shape_is_named_by_its_path() -> None:
     for compute in recompute_all, lambda model: cached(model).__enter__():
         with pytest.raises(ValueError, match=rf"^1: WeightNorm.*: {re.escape(WRONG_G)}"):
             compute(model)
+
+
+def test_a_parametrization_that_lost_a_dimension_is_broken() -> None:
+    layer: Any = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2), dim=1)
+    parts_of(layer).original1.data = torch.zeros(3)
+    assert [row.state for row in report(layer)] == ["broken"]
+    assert [finding.problem for finding in check(layer)] == ["broken"]

@@ -240,3 +240,13 @@ def test_a_whole_model_is_recorded_by_the_names_of_normed() -> None:
     with record(model) as recorded:
         train(model, 2)
     assert list(recorded.records) == names
+
+
+def test_a_module_of_two_names_is_recorded_by_the_first() -> None:
+    wn, layer = WeightNorm(), nn.Linear(3, 2)
+    model = nn.ModuleDict({"a": wn.apply(layer), "b": layer})
+    with record(model) as recorded:
+        wn.recompute(layer)
+    assert list(recorded.records) == ["a.weight"]
+    with pytest.raises(ValueError, match=r"makes 'b.weight' of this ModuleDict"), record(model, ["b.weight"]):
+        pass

@@ -337,6 +337,11 @@ def test_the_smallest_eps_of_single_precision_is_one() -> None:
         torch.testing.assert_close(norm.remove(norm.apply(module)).weight.detach().sign(), weight.sign())
 
 
+def test_a_name_that_is_nowhere_in_a_container_is_what_is_wrong() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    refused(lambda: WeightNorm("wieght").apply(model), model, "no such parameter; its parameters are none")
+
+
 def test_a_container_of_what_is_wanted_says_so() -> None:
     wn, model = WeightNorm(), nn.Sequential(nn.Linear(3, 2), WeightNorm().apply(nn.Linear(2, 2)))
     for verb in wn.apply, wn.inline:

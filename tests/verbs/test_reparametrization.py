@@ -652,3 +652,11 @@ def test_a_norm_that_torch_cannot_use_says_which_line_it_wants(decorate: Callabl
 
     with pytest.raises(TypeError, match=r"Doubled .*@attrs.define\(slots=False, eq=False"):
         decorate(Doubled)().apply(nn.Linear(3, 2))
+
+
+def test_the_name_of_a_norms_class_may_be_of_two_words() -> None:
+    norm: Any = type("My Norm", (WeightNorm,), {})()
+    layer = norm.apply(nn.Linear(3, 2))
+    make_stale(layer)
+    norm.recompute(layer)
+    torch.testing.assert_close(layer.weight, by_hand(layer))
