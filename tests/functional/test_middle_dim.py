@@ -167,6 +167,8 @@ def test_a_compiler_is_given_the_formula_and_an_export_one_node(
         layer.weight_g.mul_(2)
         compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=backend), fullgraph=True)
         torch.testing.assert_close(compiled(x), layer(x))
+    if torch.__version__ < (2, 13):  # in which the tracer beneath Dynamo does not say that it compiles
+        operator = "aten.linalg_vector_norm.default"
     assert {"aten.sum.dim_IntList", "aten.linalg_vector_norm.default"}.intersection(names) == {operator}
     assert not [name for name in names if "weight_norm" in name or "norm_except_dim" in name]
     exported = torch.export.export(layer, (x,))
