@@ -4,11 +4,10 @@ Every other example has a file of its own here, or shares one.
 """
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
-from programs import STRICT_PYTHON
+from programs import printed_by
 
 import explicit_wn.norms
 
@@ -16,13 +15,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name: str, folder: Path, *arguments: object) -> str:
-    """What an example prints, run in an empty folder; nothing on stderr is fine, anything else is not."""
-    command = [*STRICT_PYTHON, EXAMPLES / name, *map(str, arguments)]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr == ""
-    assert list(folder.iterdir()) == []
-    return ran.stdout
+    """What an example prints, run in an empty folder."""
+    return printed_by(folder, EXAMPLES / name, *map(str, arguments))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import STRICT_PYTHON
+from programs import printed_by
 from tcn import NORMED, TemporalConvNet
 from torch import Tensor, nn
 
@@ -73,22 +73,6 @@ FILES = {
 }
 
 
-def run_example(cwd: Path, *command: str | Path, **environment: str) -> str:
-    """What it prints, run in an empty folder; a word on stderr is an error."""
-    done = subprocess.run(
-        [*STRICT_PYTHON, *command],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert list(cwd.iterdir()) == []
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the example keeps its files."""
@@ -97,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def printed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return run_example(tmp_path_factory.mktemp("cwd"), EXAMPLE, "--folder", folder)
+    return printed_by(tmp_path_factory.mktemp("cwd"), EXAMPLE, "--folder", folder)
 
 
 def rows_of(printed: str) -> dict[str, list[str]]:
@@ -400,7 +384,7 @@ def test_without_packages_and_a_compiler_it_says_so_and_leaves_nothing_behind(tm
     cwd, empty, temporary = (tmp_path / name for name in ("cwd", "bin", "temporary"))
     for folder in cwd, empty, temporary:
         folder.mkdir()
-    printed = run_example(cwd, "-c", WITHOUT, EXAMPLE, PATH=str(empty), CXX="", TMPDIR=str(temporary))
+    printed = printed_by(cwd, "-c", WITHOUT, EXAMPLE, PATH=str(empty), CXX="", TMPDIR=str(temporary))
     reasons = {name: row[0] for name, row in rows_of(printed).items() if len(row) == 1}
     no_compiler = "skipped: there is no C++ compiler (g++ or clang++)"
     assert reasons == {
