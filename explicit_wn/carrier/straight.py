@@ -30,7 +30,6 @@ def recompute(module):
     store = module._normed_store
     if store.blocks:
         return None if store.held and not is_traced() else carefully.recompute_recipe(module, recipe)
-    {tables}
     {find_parts}
     if {parts_are_unusual} or store.in_forward:
         return carefully.recompute_recipe(module, recipe)
@@ -60,7 +59,6 @@ COMPUTE = """
 def compute(module):
     if not is_ordinary():
         return carefully.advance_and_compute(module, recipe)
-    {tables}
     {find_parts}
     if {parts_are_unusual}:
         return carefully.advance_and_compute(module, recipe)
@@ -160,7 +158,8 @@ def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict
         f"{'buffers' if buffer else 'parameters'}.get({a!r}) is ({name} := sources[{i}])"
         for i, (name, a, buffer) in enumerate(own)
     ]
-    tables = ["buffers" if buffer else "parameters" for *_, buffer in own]
+    kinds = dict.fromkeys("buffers" if buffer else "parameters" for *_, buffer in own)
+    tables = [f"{kind} = module._{kind}" for kind in kinds]
     value = f"formula({', '.join([*given.values(), *_options(recipe.formula_options)])})"
     if quick is not None:
         by_name = dict(zip(recipe.parts, names, strict=True)) | {k: literal(v) for k, v in recipe.settings}
@@ -171,9 +170,9 @@ def _text_of(recipe: Recipe, quick: Callable[..., Tensor | None] | None) -> dict
     return {
         "name": recipe.name,
         "parts": ", ".join(names),
-        "find_parts": "\n".join(find),
+        "find_parts": "\n".join([*tables, *find]),
         "parts_are_unusual": " or ".join(f"type({n}) is not {'Tensor' if b else 'Parameter'}" for n, _, b in own),
-        "tables": "\n".join(f"{table} = module._{table}" for table in dict.fromkeys(tables)),
+        "tables": "\n".join(tables),
         "parts_are_the_same": " and ".join(same),
         "versions": " + ".join(f"{name}._version" for name in names),
         "advance": advance if recipe.advance else "",

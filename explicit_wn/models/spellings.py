@@ -78,13 +78,14 @@ def _from_hook(module: nn.Module, hook: Any) -> Found:
     elif len(parts) < len(names):
         why_not = "a part of it is computed by another tool (parametrize or prune); end that first"
     whole = getattr(module, f"{name}_{names[0]}" if len(names) == 3 else f"{name}_v")
-    state, called = "fresh", norm._kind if norm else kind.__name__
-    try:
-        if norm is not None and len(parts) == len(names) and _differs(norm, parts, vars(module).get(name)):
+    state, called, mistake = "fresh", norm._kind if norm else kind.__name__, None
+    if norm and len(parts) == len(names):
+        mistake = _mistake(norm, parts)
+        if mistake:
+            state = "broken"
+        elif _differs(norm, parts, vars(module).get(name)):
             state = "stale"
-    except ValueError as error:
-        state, why_not = "broken", why_not or str(error)
-    return Found(name, "hook", norm, called, parts, tuple(whole.shape), state, why_not)
+    return Found(name, "hook", norm, called, parts, tuple(whole.shape), state, why_not or mistake)
 
 
 SMALLEST = torch.finfo(torch.float32).tiny

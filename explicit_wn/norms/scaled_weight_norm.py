@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import settings
 from ..functional import scaled_weight_norm
-from ..functional.weight import length_of, scaled_weight_norm_by_kernel
+from ..functional.weight import scaled_weight_norm_by_kernel
 from .weight_norm import WeightNorm
 
 
@@ -47,10 +47,9 @@ class ScaledWeightNorm(WeightNorm):
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:
         """The parts of `WeightNorm`, g with the target norm."""
-        norm = length_of(weight, self.dim, self.eps)  # type: ignore[arg-type]
+        norm = self._norm(weight)
         return {"g": norm if self.target_norm is None else torch.full_like(norm, self.target_norm), "v": weight}
 
     def inverse(self, weight: Tensor) -> dict[str, Tensor]:
         """Its own norms, and a direction that is long enough to reach them with no more than `clip`."""
-        norm = length_of(weight, self.dim, self.eps)  # type: ignore[arg-type]
-        return {"g": norm, "v": weight if self.clip is None or self.clip >= 1 else weight / self.clip}
+        return {"g": self._norm(weight), "v": weight if self.clip is None or self.clip >= 1 else weight / self.clip}

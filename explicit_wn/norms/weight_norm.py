@@ -68,13 +68,13 @@ class WeightNorm(Reparametrization):
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:
         """The magnitude and the direction of `weight`; the direction need not have length 1, so it is `weight`."""
-        return {"g": length_of(weight, self.dim, self.eps), "v": weight}  # type: ignore[arg-type]
+        return {"g": self._norm(weight), "v": weight}
 
     def objection(self, weight: Tensor) -> str | None:
         """Refuses slices that have no direction."""
         if weight.is_meta or weight.numel() == 0:
             return None
-        g = length_of(weight.detach(), self.dim, self.eps).flatten()  # type: ignore[arg-type]
+        g = self._norm(weight.detach()).flatten()
         if g.isinf().any() and weight.isfinite().all():
             return f"{self._where(g.isinf())} too large: {weight.dtype} cannot hold the norm; scale the weight down"
         if not (g == 0).any():
@@ -82,6 +82,9 @@ class WeightNorm(Reparametrization):
         eps = 1e-6 if weight.dtype == torch.float16 else 1e-12
         why = "zero, which has no direction and would give NaN"
         return f"{self._where(g == 0)} {why}; initialize it, or set eps ({eps}, say)"
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        return length_of(weight, self.dim, self.eps)  # type: ignore[arg-type]
 
     def _where(self, found: Tensor) -> str:
         """The slices that were found, as the beginning of a sentence."""

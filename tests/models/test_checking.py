@@ -165,8 +165,11 @@ def test_a_g_of_another_shape_is_named_by_its_path() -> None:
             compute(model)
 
 
-def test_a_parametrization_that_lost_a_dimension_is_broken() -> None:
-    layer: Any = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2), dim=1)
-    parts_of(layer).original1.data = torch.zeros(3)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", TORCHS)
+def test_a_norm_of_torchs_whose_v_lost_a_dimension_is_broken(norm: Any) -> None:
+    layer = norm(nn.Linear(3, 2), dim=1)
+    v = layer.weight_v if hasattr(layer, "weight_v") else parts_of(layer).original1
+    v.data = torch.zeros(3)
     assert [row.state for row in report(layer)] == ["broken"]
     assert [finding.problem for finding in check(layer)] == ["broken"]
